@@ -250,7 +250,7 @@ LOG2E = F32(1.4426950408889634)
 EXP2 = [F32(math.log(2) ** n / math.factorial(n)) for n in range(7)]  # Taylor: 2^f, |f| <= 1/2, relative error 2e-7
 LOG2 = [F32(2 / math.log(2) / n) for n in (1, 3, 5, 7)]  # log2 m = 2/ln 2 (s + s^3/3 + s^5/5 + ...), s = (m-1)/(m+1)
 MAGIC = F32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer, ties to even
-UNIT = 64  # rows of a tensor that the update works on at a time
+UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
 BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
 MAX_BITS = F32(63)  # a token costs at most this much, so int32 holds the loss of 8,191 tokens
 
@@ -446,6 +446,7 @@ typedef long long i64;
 #ifdef __CUDACC__
   typedef float vf;
   typedef int vi;
+  #define restrict __restrict__
   #define LANES 32
   #define ROWS 4                                  // rows of a matrix that share one read of the activations
   #define BIAS 0                                  // what is added to a quantised activation to make it unsigned
@@ -457,8 +458,9 @@ typedef long long i64;
   #define TABLET(t, d, n) EACH(d, n) FOR_LANE(t)
   #define SCRATCH(type) type *s = (type *)scratch + blockIdx.x
   #define SYNC __syncthreads()
-  #define V(x, d) ((x)[d][LANE])                  // channel d of a float buffer, all lanes
-  #define Q(x, d) ((x)[d][LANE])                  // the same of an int buffer
+  #define V(x, d) ((x)[d][LANE])                  // all lanes of channel d of a float buffer
+  #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
+  #define INTS(p) ((p)[LANE])                     // of what p points to
   #define INLINE static __device__ __forceinline__
   #define KERNEL extern "C" __global__ void __launch_bounds__(256)
   #define CONSTANT static __device__ const
@@ -469,10 +471,10 @@ typedef long long i64;
   #define AT(v, l) (v)                            // lane l of a register
   #define AS_I(x) __float_as_int(x)
   #define AS_F(x) __int_as_float(x)
-  #define SELECT(mask, a, b) ((mask) ? (a) : (b))
   #define ADD(p, x) atomicAdd(p, x)               // of integers, so the order does not matter
   #define RINT(x) rintf(x)
-  INLINE vf vsqrt(vf x) { return sqrtf(x); }
+  #define VECTOR(op) f##op##f                     // fmaxf, fminf
+  #define fsqrtf sqrtf
   INLINE vf before(const float *x, float carry) { return LANE ? x[LANE - 1] : carry; }  // shifted by one lane
   INLINE vi dot4(vi acc, vi x, int w) {           // acc + the four products of the bytes of x and w
   #if __CUDA_ARCH__ >= 610
@@ -484,9 +486,9 @@ typedef long long i64;
   }
 #else
   #include <string.h>
-  #if defined __AVX512VNNI__ || defined __AVXVNNI__ || defined __AVX2__
+  #ifdef __SSE2__
     #include <immintrin.h>
-  #elif defined __ARM_FEATURE_DOTPROD
+  #elif defined __ARM_NEON
     #include <arm_neon.h>
   #endif
   #ifdef __AVX512VNNI__
@@ -494,23 +496,30 @@ typedef long long i64;
     #define ROWS 16
     #define BIAS 128                              // vpdpbusd multiplies unsigned by signed bytes
     #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(x), _mm512_set1_epi32(w)))
-  #elif defined __AVXVNNI__
-    #define LANES 8
-    #define ROWS 8
-    #define BIAS 128
-    #define dot4(acc, x, w) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(x), _mm256_set1_epi32(w)))
+    #define VECTOR(op) _mm512_##op##_ps
   #elif defined __AVX2__
     #define LANES 8
     #define ROWS 8
-    #define BIAS 0
-    #define ODD(x) _mm256_srai_epi16(x, 8)        // odd and even bytes as 16-bit integers, for vpmaddwd
-    #define EVEN(x) ODD(_mm256_slli_epi16(x, 8))
-    #define dot4(acc, x, w) ((acc) + (vi)_mm256_madd_epi16(ODD((__m256i)(x)), ODD(_mm256_set1_epi32(w))) \
-                                   + (vi)_mm256_madd_epi16(EVEN((__m256i)(x)), EVEN(_mm256_set1_epi32(w))))
+    #define VECTOR(op) _mm256_##op##_ps
+    #ifdef __AVXVNNI__
+      #define BIAS 128
+      #define dot4(acc, x, w) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(x), _mm256_set1_epi32(w)))
+    #else
+      #define BIAS 0
+      #define ODD(x) _mm256_srai_epi16(x, 8)      // odd and even bytes as 16-bit integers, for vpmaddwd
+      #define EVEN(x) ODD(_mm256_slli_epi16(x, 8))
+      #define dot4(acc, x, w) ((acc) + (vi)_mm256_madd_epi16(ODD((__m256i)(x)), ODD(_mm256_set1_epi32(w))) \
+                                     + (vi)_mm256_madd_epi16(EVEN((__m256i)(x)), EVEN(_mm256_set1_epi32(w))))
+    #endif
   #else
     #define LANES 4
     #define ROWS 8
     #define BIAS 0
+    #ifdef __ARM_NEON
+      #define VECTOR(op) v##op##q_f32
+    #else
+      #define VECTOR(op) _mm_##op##_ps
+    #endif
     #ifdef __ARM_FEATURE_DOTPROD
       #define dot4(acc, x, w) ((vi)vdotq_s32((int32x4_t)(acc), (int8x16_t)(x), (int8x16_t)vdupq_n_s32(w)))
     #else
@@ -530,6 +539,7 @@ typedef long long i64;
   #define RINT(x) __builtin_rintf(x)
   #define V(x, d) (*(vf *)(x)[d])
   #define Q(x, d) (*(vi *)(x)[d])
+  #define INTS(p) (*(vi *)(p))
   #define INLINE static inline __attribute__((always_inline))
   #define KERNEL void
   #define CONSTANT static const
@@ -540,13 +550,7 @@ typedef long long i64;
   #define AT(v, l) (v)[l]
   #define AS_I(x) ((vi)(x))
   #define AS_F(x) ((vf)(x))
-  #define SELECT(mask, a, b) AS_F(((mask) & AS_I(a)) | (~(mask) & AS_I(b)))
   #define ADD(p, x) (*(p) += (x))
-  INLINE vf vsqrt(vf x) {
-    vf y;
-    FOR_LANE(l) y[l] = __builtin_sqrtf(x[l]);
-    return y;
-  }
   INLINE vf before(const float *x, float carry) {  // shifted by one lane
     vf y;
     memcpy(&y, x - 1, sizeof y);
@@ -567,18 +571,21 @@ typedef float (*buf)[LANES];
 #define MAGIC 12582912.0f                         // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 #define LOG2E 1.4426950408889634f
 
-// The sum of `term` over i < n: eight running sums, then folded in halves.
-#define SUM(result, i, n, term) vf result; { \
-    vf s_[8] = {0}; \
+INLINE vf vadd(vf a, vf b) { return a + b; }
+INLINE vf vmax(vf a, vf b) { return VECTOR(max)(a, b); }
+INLINE vf vmin(vf a, vf b) { return VECTOR(min)(a, b); }
+INLINE vf vabs(vf x) { return AS_F(AS_I(x) & 0x7FFFFFFF); }
+
+// Combines `term` over i < n: eight running results, then folded in halves.
+#define REDUCE(op, start, result, i, n, term) vf result; { \
+    vf s_[8]; \
+    UNROLL for (int l_ = 0; l_ < 8; l_++) s_[l_] = splat(start); \
     for (int i0_ = 0; i0_ < (n); i0_ += 8) UNROLL for (int l_ = 0; l_ < 8; l_++) { \
       int i = i0_ + l_; \
-      if (i < (n)) s_[l_] += (term); \
+      if (i < (n)) s_[l_] = op(s_[l_], term); \
     } \
-    result = ((s_[0] + s_[4]) + (s_[2] + s_[6])) + ((s_[1] + s_[5]) + (s_[3] + s_[7])); }
-
-INLINE vf vmax(vf a, vf b) { return SELECT(a > b, a, b); }
-INLINE vf vmin(vf a, vf b) { return SELECT(a < b, a, b); }
-INLINE vf vabs(vf x) { return AS_F(AS_I(x) & 0x7FFFFFFF); }
+    result = op(op(op(s_[0], s_[4]), op(s_[2], s_[6])), op(op(s_[1], s_[5]), op(s_[3], s_[7]))); }
+#define SUM(result, i, n, term) REDUCE(vadd, 0.0f, result, i, n, term)
 
 INLINE vf exp2_(vf y) {
   y = vmin(vmax(y, splat(-126.0f)), splat(126.0f));
@@ -618,12 +625,12 @@ typedef struct {                                  // what one task needs; reused
   int q[(WIDEST > LORA ? WIDEST : LORA) / 4 + 1][LANES];  // quantised inputs of a product, four channels to a word
   float state[L * STATE];
   float vec[VECTORS];                             // the member's own vector parameters
-  float ca[32 * R * WORDS];                       // the noise of the whole model, times c, and
-  i8 b[32 * R * WORDS];                           // as it is; entry (k, word, bit) at 32 (k WORDS + word) + bit
+  i8 noise[32 * R * WORDS];                       // of the whole model; column k of tensor t is at 32 (k WORDS + t.word)
+  int minus[32 * R * WORDS];                      // its sign bits: x ^ minus is x times the noise
   int bsum[TENSORS][R];                           // sums of the entries of each B, to take BIAS out again
 } Member;
 
-typedef struct { const i8 *w; const float *scale; const int *rowsum; Member *s; int rank; } Model;
+typedef struct { const i8 *w; const float *scale; const int *bias; Member *s; float c; int rank; } Model;
 
 #define BLOCK(kind) (GLOBALS + l * KINDS + kind)  // a parameter of layer l
 #define VEC(kind) (vec + TABLE[BLOCK(kind)].vec)
@@ -641,9 +648,8 @@ INLINE int load4(const i8 *w, int cols) {         // four neighbours in a row of
 
 // q = x of n channels in int8, absmax 127; returns the scale. Padding channels are 0, so what they meet does not matter.
 INLINE vf quantise(int (*q)[LANES], buf x, int n) {
-  vf top = splat(1e-30f);
   SYNC;
-  for (int d = 0; d < n; d++) top = vmax(top, vabs(V(x, d)));
+  REDUCE(vmax, 1e-30f, top, d, n, vabs(V(x, d)))
   vf inv = 127.0f / top;
   EACH(k, (n + 3) / 4) {
     vi word = ZERO;
@@ -666,12 +672,13 @@ INLINE void dot_rows(vi *acc, int n, int (*q)[LANES], int words, const i8 *w, in
 // y = x (W + c A B^T)^T of rows o to o+n, for x = q sx
 INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, int o, int n, int cols) {
   vi acc[ROWS];
-  UNROLL for (int j = 0; j < n; j++) acc[j] = ZERO - BIAS * (BIAS ? m->rowsum[t.row + o + j] : 0);
+  UNROLL for (int j = 0; j < n; j++) acc[j] = ZERO + m->bias[t.row + o + j];
   dot_rows(acc, n, m->s->q, (cols + 3) / 4, m->w + t.at + o * cols, cols);
-  const float *ca = m->s->ca + 32 * t.word + o, *scale = m->scale + t.row + o;
+  const float *scale = m->scale + t.row + o;
+  const int *minus = m->s->minus + 32 * t.word + o;
   UNROLL for (int j = 0; j < n; j++) {
     vf z = I2F(acc[j]);
-    if (m->rank) UNROLL for (int k = 0; k < R; k++) z = z + xb[k] * ca[32 * k * WORDS + j];
+    if (m->rank) UNROLL for (int k = 0; k < R; k++) z = z + AS_F(AS_I(xb[k]) ^ minus[32 * k * WORDS + j]);
     V(y, o + j) = z * scale[j] * sx;
   }
 }
@@ -679,10 +686,10 @@ INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, in
 INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int i, int out, int cols) {
   vf xb[R];
   if (m->rank) UNROLL for (int k = 0; k < R; k++) {  // x B: four sums, so that the products need not wait for each other
-    const i8 *b = m->s->b + 32 * (k * WORDS + t.word + (out + 31) / 32);
+    const i8 *b = m->s->noise + 32 * (k * WORDS + t.word + (out + 31) / 32);
     vi p[4] = {ZERO, ZERO, ZERO, ZERO};
     for (int w = 0; w < (cols + 3) / 4; w++) p[w % 4] = dot4(p[w % 4], Q(m->s->q, w), load4(b + 4 * w, 4));
-    xb[k] = I2F(p[0] + p[1] + p[2] + p[3] - BIAS * m->s->bsum[i][k]);
+    xb[k] = m->c * I2F(p[0] + p[1] + p[2] + p[3] - BIAS * m->s->bsum[i][k]);
   }
   EACH(o, out / ROWS) matmul_rows(y, m, sx, xb, t, o * ROWS, ROWS, cols);
   EACH(o, out % ROWS) matmul_rows(y, m, sx, xb, t, out - out % ROWS + o, 1, cols);
@@ -693,7 +700,7 @@ INLINE void normalise(buf y, buf x, int n, const float *w, const float *b, float
   SUM(sum, i, n, V(x, i))
   vf mean = sum * (1.0f / n);
   SUM(squares, i, n, (V(x, i) - mean) * (V(x, i) - mean))
-  vf inv = 1.0f / vsqrt(squares * (1.0f / n) + eps);
+  vf inv = 1.0f / VECTOR(sqrt)(squares * (1.0f / n) + eps);
   SYNC;
   EACH(i, n) V(y, i) = (V(x, i) - mean) * inv * w[i] + b[i];
   SYNC;
@@ -775,7 +782,7 @@ INLINE void time_mix(const Model *m, int l, int tokens) {
     buf kk = s->kk + h * N, k = s->k + h * N, a = s->a + h * N;
     for (int i = 0; i < N; i++) V(kk, i) = V(k, i) * VEC(ATT_K_K)[h * N + i];
     SUM(squares, i, N, V(kk, i) * V(kk, i))
-    vf inv = 1.0f / vmax(vsqrt(squares), splat(1e-12f));
+    vf inv = 1.0f / vmax(VECTOR(sqrt)(squares), splat(1e-12f));
     for (int i = 0; i < N; i++) {
       V(kk, i) = V(kk, i) * inv;
       V(k, i) = V(k, i) * (1.0f + (V(a, i) - 1.0f) * VEC(ATT_K_A)[h * N + i]);
@@ -814,28 +821,25 @@ INLINE void channel_mix(const Model *m, int l, int tokens) {
   SYNC;
 }
 
-// Draws a member's noise and works out its vector parameters; c = 0 means none.
-INLINE void perturb(const Model *m, u32 seed, u32 step, int pair, float c) {
+// Draws a member's noise and works out its vector parameters.
+INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
   Member *s = m->s;
   u32 k0 = key0(seed, step, pair), k1 = key1(seed, step, pair);
   if (m->rank) FLAT(w, R * WORDS) {
     u32 h = noise_word(k0, k1, w);
-    for (int b = 0; b < 32; b++) {
-      int sign = (int)(h >> b & 1) * 2 - 1;
-      s->b[32 * w + b] = sign;
-      s->ca[32 * w + b] = sign * c;
-    }
+    for (int b = 0; b < 32; b++) s->noise[32 * w + b] = (int)(h >> b & 1) * 2 - 1;
+    for (int b = 0; b < 32; b++) s->minus[32 * w + b] = ~(h >> b) << 31;
   }
   SYNC;
   for (int i = 0; i < TENSORS; i++) {
     Tensor t = TABLE[i];
     if (!t.cols) FLAT(o, t.out) {
       float q = m->w[t.at + o];
-      if (m->rank) for (int k = 0; k < R; k++) q = q + s->ca[32 * (k * WORDS + t.word) + o];
+      if (m->rank) for (int k = 0; k < R; k++) q = q + s->noise[32 * (k * WORDS + t.word) + o] * m->c;
       s->vec[t.vec + o] = q * m->scale[t.row + o];
     } else if (BIAS && m->rank) FLAT(k, R) {
       int sum = 0;
-      for (int d = 0; d < t.cols; d++) sum += s->b[32 * (k * WORDS + t.word + (t.out + 31) / 32) + d];
+      for (int d = 0; d < t.cols; d++) sum += s->noise[32 * (k * WORDS + t.word + (t.out + 31) / 32) + d];
       s->bsum[i][k] = sum;
     }
   }
@@ -844,14 +848,13 @@ INLINE void perturb(const Model *m, u32 seed, u32 step, int pair, float c) {
 
 // Runs members first to last over T tokens: member m reads text[start[m]...], and adds what it costs to predict each next
 // token to score[m], in 1/4096 bit. state (float [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null.
-KERNEL score(const i8 *w, const float *scale, const int *rowsum, const unsigned short *text, const i64 *start, int T,
+KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned short *text, const i64 *start, int T,
              u32 seed, u32 step, float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
   SCRATCH(Member);
-  Model model = {w, scale, rowsum, s, c != 0 ? R : 0};
-  const Model *m = &model;
   TASKS(member) {
+    Model model = {w, scale, bias, s, member % 2 ? -c : c, c != 0 ? R : 0}, *m = &model;
     SYNC;
-    perturb(m, seed, step, member / 2, member % 2 ? -c : c);
+    perturb(m, seed, step, member / 2);
     float *carried = state ? state + (i64)member * (L * STATE) : 0;
     FLAT(i, L * STATE) s->state[i] = carried ? carried[i] : 0;
     SYNC;
@@ -863,7 +866,7 @@ KERNEL score(const i8 *w, const float *scale, const int *rowsum, const unsigned 
         int token = in[t < tokens ? t : 0];
         float z = w[e.at + token * D + d];
         if (m->rank) for (int k = 0; k < R; k++)
-          z = z + s->ca[32 * (k * WORDS + e.word) + token] * s->b[32 * (k * WORDS + e.word + (VOCAB + 31) / 32) + d];
+          z = z + s->noise[32 * (k * WORDS + e.word) + token] * m->c * s->noise[32 * (k * WORDS + e.word + (VOCAB + 31) / 32) + d];
         s->x[d][t] = z * scale[e.row + token];
       }
       SYNC;
@@ -877,8 +880,8 @@ KERNEL score(const i8 *w, const float *scale, const int *rowsum, const unsigned 
       matmul(s->logits, m, sx, TABLE[HEAD_WEIGHT], HEAD_WEIGHT, VOCAB, D);
       if (logits) EACH(v, VOCAB) FOR_LANE(t) if (t < tokens)
         logits[((i64)member * T + t0 + t) * VOCAB + v] = s->logits[v][t];
-      vf top = V(s->logits, 0), target;
-      for (int v = 1; v < VOCAB; v++) top = vmax(top, V(s->logits, v));
+      vf target;
+      REDUCE(vmax, -3e38f, top, v, VOCAB, V(s->logits, v))
       FOR_LANE(t) AT(target, t) = s->logits[t < tokens ? in[t + 1] : 0][t];
       SUM(total, v, VOCAB, exp2_((V(s->logits, v) - top) * LOG2E))
       vf bits = log2_(total) - (target - top) * LOG2E;
@@ -900,18 +903,29 @@ typedef struct {
   int b[K / 4][LANES];                            // B of LANES columns, four pairs to a word
   int fsum[UNIT];                                 // row sums of fa, to take BIAS out again
   u32 k0[PAIRS], k1[PAIRS], h[PAIRS];
-  int z[COLUMNS / LANES][UNIT][LANES];
+  int z[UNIT][COLUMNS];
 } Update;
 
-INLINE void update_rows(Update *s, int (*z)[LANES], int j, int n) {  // z += fa B of rows j to j+n
+// z += fa B of rows j to j+n, LANES columns from c
+INLINE void update_rows(Update *s, int c, int j, int n, int words) {
   vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = Q(z, j + i) - BIAS * s->fsum[j + i];
-  dot_rows(acc, n, s->b, K / 4, s->fa[j], K);
-  UNROLL for (int i = 0; i < n; i++) Q(z, j + i) = acc[i];
+  UNROLL for (int i = 0; i < n; i++) acc[i] = INTS(&s->z[j + i][c]) - BIAS * s->fsum[j + i];
+  for (int k = 0; k < R; k++) dot_rows(acc, n, s->b + k * (PAIRS / 4), words, s->fa[j] + k * PAIRS, K);
+  UNROLL for (int i = 0; i < n; i++) INTS(&s->z[j + i][c]) = acc[i];
 }
 
-// Moves weights by round(gain Z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals (int16, the same units).
-// f: int8 fitness of each pair, padded with zeros to a multiple of PAIRS.
+// Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
+INLINE void move(i8 *restrict weights, short *restrict residuals, const int *restrict z, float gain, int n) {
+  FLAT(i, n) {
+    float x = z[i] * gain;
+    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // at most 64 steps
+    int total = residuals[i] + (int)RINT(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
+    residuals[i] = total - whole * 32768;
+    weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
+  }
+}
+
+// Moves all weights along Z. f: int8 fitness of each pair, padded with zeros to a multiple of 4.
 KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u32 step, float gain,
               int first, int last, void *scratch) {
   SCRATCH(Update);
@@ -920,51 +934,59 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
     int o0 = UNITS[u].row, rows = !t.cols ? 1 : t.out - o0 < UNIT ? t.out - o0 : UNIT, cols = t.cols ? t.cols : t.out;
     int bword = t.cols ? t.word + (t.out + 31) / 32 : t.word;
-    for (int c = 0; c < (cols + LANES - 1) / LANES; c++) EACH(j, rows) Q(s->z[c], j) = ZERO;
+    for (int j = 0; j < rows; j++) FLAT(i, COLUMNS) s->z[j][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
+      int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, words = (count + 3) / 4;
       SYNC;
-      FLAT(p, PAIRS) s->k0[p] = key0(seed, step, p0 + p);
-      FLAT(p, PAIRS) s->k1[p] = key1(seed, step, p0 + p);
-      for (int k = 0; k < R; k++) for (int o = 0; o < rows; o += 32) {
+      FLAT(p, 4 * words) s->k0[p] = key0(seed, step, p0 + p);
+      FLAT(p, 4 * words) s->k1[p] = key1(seed, step, p0 + p);
+      for (int k = 0; k < R; k++) {
         SYNC;
-        FLAT(p, PAIRS) s->h[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + (o0 + o) / 32) : ~0u;
+        FLAT(p, 4 * words) s->h[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + o0 / UNIT) : ~0u;
         SYNC;
-        for (int j = 0; j < 32 && o + j < rows; j++)
-          FLAT(p, PAIRS) s->fa[o + j][k * PAIRS + p] = s->h[p] >> j & 1 ? f[p0 + p] : -f[p0 + p];
+        for (int j = 0; j < rows; j++)
+          FLAT(p, 4 * words) s->fa[j][k * PAIRS + p] = s->h[p] >> j & 1 ? f[p0 + p] : -f[p0 + p];
       }
       SYNC;
       if (BIAS) FLAT(j, rows) {
         int sum = 0;
-        for (int p = 0; p < K; p++) sum += s->fa[j][p];
+        for (int k = 0; k < R; k++) for (int p = 0; p < 4 * words; p++) sum += s->fa[j][k * PAIRS + p];
         s->fsum[j] = sum;
       }
       for (int i0 = 0; i0 < cols; i0 += LANES) {
         for (int k = 0; k < R; k++) {
           SYNC;
-          FLAT(p, PAIRS) s->h[p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + i0 / 32) >> i0 % 32;
+          FLAT(p, 4 * words) s->h[p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + i0 / 32) >> i0 % 32;
           SYNC;
-          EACH(q, PAIRS / 4) FOR_LANE(l) {
+          EACH(q, words) FOR_LANE(l) {
             const u32 *h = s->h + 4 * q;
             u32 bits = (h[0] >> l & 1) | (h[1] >> l & 1) << 8 | (h[2] >> l & 1) << 16 | (h[3] >> l & 1) << 24;
             s->b[k * (PAIRS / 4) + q][l] = ~(bits * 0xFE) ^ BIAS * 0x01010101u;  // a byte 0 becomes -1, a byte 1 becomes 1
           }
         }
         SYNC;
-        EACH(j, rows / ROWS) update_rows(s, s->z[i0 / LANES], j * ROWS, ROWS);
-        EACH(j, rows % ROWS) update_rows(s, s->z[i0 / LANES], rows - rows % ROWS + j, 1);
+        EACH(j, rows / ROWS) update_rows(s, i0, j * ROWS, ROWS, words);
+        EACH(j, rows % ROWS) update_rows(s, i0, rows - rows % ROWS + j, 1, words);
       }
     }
     SYNC;
-    for (int c = 0; c < (cols + LANES - 1) / LANES; c++) EACH(j, rows) FOR_LANE(l) {
-      if (c * LANES + l >= cols) continue;
-      int i = t.at + (o0 + j) * cols + c * LANES + l;
-      float move = s->z[c][j][l] * gain;
-      move = move > 2097152.0f ? 2097152.0f : move < -2097152.0f ? -2097152.0f : move;  // at most 64 steps
-      int total = residuals[i] + (int)RINT(move), whole = (total + 16384) >> 15, q = weights[i] + whole;
-      residuals[i] = total - whole * 32768;
-      weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
+    for (int j = 0; j < rows; j++) {
+      int at = t.at + (o0 + j) * cols;
+      move(weights + at, residuals + at, s->z[j], gain, cols);
     }
     SYNC;
+  }
+}
+
+// bias[row] = what the accumulators of a row start from, to take the activations' BIAS out of its products
+KERNEL biases(const i8 *w, int *bias, int first, int last, void *scratch) {
+  TASKS(i) {
+    Tensor t = TABLE[i];
+    FLAT(o, t.out) {
+      int sum = 0;
+      for (int d = 0; d < t.cols; d++) sum += w[t.at + o * t.cols + d];
+      bias[t.row + o] = -BIAS * sum;
+    }
   }
 }
 
@@ -1062,24 +1084,24 @@ class KernelBackend:
 
     def __init__(self, cfg: Config, rank: int, name: str, launch: Callable[..., None]) -> None:
         self.cfg, self.rank, self.name, self.launch = cfg, rank, name, launch
-        rows = [p.at + i * max(p.cols, 1) for p in cfg.params.values() for i in range(p.out)]
-        self.row_starts = np.array(rows)
         self.units = sum(-(-p.out // UNIT) if p.cols else 1 for p in cfg.params.values())
+        self.tensors = len(cfg.params) + 3  # the table also lists the value residual that layer 0 has not
+        self.bias = np.zeros(cfg.sizes[1], np.int32)
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
               state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
         """See NumpyBackend."""
         seed, step, sigma = noise
         cost = np.zeros(len(start), np.int32)
-        rowsum = np.add.reduceat(model.q, self.row_starts, dtype=np.int32)
+        self.launch("biases", self.tensors, (model.q, self.bias), [self.bias])
         self.launch("score", len(start), (
-            model.q, model.scale, rowsum, text, start, np.int32(tokens), np.uint32(seed), np.uint32(step),
+            model.q, model.scale, self.bias, text, start, np.int32(tokens), np.uint32(seed), np.uint32(step),
             F32(sigma / math.sqrt(self.rank)), cost, state, logits), [a for a in (cost, state, logits) if a is not None])
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """See NumpyBackend."""
-        padded = np.pad(f, (0, -len(f) % 256))
+        padded = np.pad(f, (0, -len(f) % 4))
         self.launch("update", self.units, (
             model.q, model.residual, padded, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
@@ -1212,7 +1234,7 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
     """Differences within the pairs -> int8 fitness: d / RMS(d), clipped to +-3, in steps of 3/127; int [n] -> int8 [n]."""
-    rms = math.sqrt(sum(int(x) ** 2 for x in d) / len(d))
+    rms = math.sqrt(math.fsum((d.astype(float) ** 2).tolist()) / len(d))  # fsum: exact, so the same everywhere
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
