@@ -24,33 +24,39 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import csv
 import ctypes
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
 import queue
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 F32 = np.float32
 LORA = ("w", "a", "v", "g")  # RWKV-7's four low-rank MLPs: decay, in-context learning rate, value residual, gate
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend; the message says what and how."""
 
 
@@ -78,9 +84,9 @@ class Config:
         for name, (value, most) in limits.items():
             # 65536 inputs x 255 (a biased activation) x 127 still fits the int32 accumulators; twice as many would not.
             if not 1 <= value <= most:
-                raise ValueError(f"{name} {value} is out of range: choose 1 to {most}")
+                raise UserError(f"{name} {value} is out of range: choose 1 to {most}")
         if self.dim % self.head_size:
-            raise ValueError(f"head size {self.head_size} does not divide the width {self.dim}: choose a divisor of it")
+            raise UserError(f"head size {self.head_size} does not divide the width {self.dim}: choose a divisor of it")
 
     @cached_property
     def params(self) -> dict[str, Param]:
@@ -1134,13 +1140,14 @@ def compile_c(source: str, flags: str) -> Path:
         raise UserError("no C compiler found: install gcc or clang (Debian: apt install gcc, macOS: xcode-select --install)")
     command = [found[0], "-x", "c", *flags.split(), "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno"]
     # What the compiler predefines tells its version and the CPU's features: the key of the cache with the source.
-    macros = subprocess.run([*command, "-dM", "-E", os.devnull], capture_output=True, text=True)
+    macros = subprocess.run([*command, "-dM", "-E", os.devnull], check=False, capture_output=True, text=True)
     key = hashlib.sha256("\0".join([source, *command, macros.stdout]).encode()).hexdigest()[:32]
     path = cache_dir() / f"{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
             built = Path(tmp) / "kernel.so"
-            done = subprocess.run([*command, "-shared", "-o", str(built), "-"], input=source, capture_output=True, text=True)
+            done = subprocess.run([*command, "-shared", "-o", str(built), "-"], input=source, check=False,
+                                  capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"{found[0]} cannot compile the kernel: {(done.stderr.splitlines() or ['?'])[0]}")
             os.replace(built, path)
@@ -1225,6 +1232,17 @@ class ES:
     lr: float = 1.0  # in int8 steps: a weight that sees only noise moves by a normal deviate of this size, falls to 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        # 127 pairs x rank must fit int32 in Z, and T losses of 63 bits in a score
+        limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127, "lr": 127}
+        for name, most in limits.items():
+            if not 0 < getattr(self, name) <= most:
+                raise UserError(f"--{name} {getattr(self, name)} is out of range: choose more than 0, at most {most}")
+        if self.population % 2:
+            raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} is out of range: choose 0 to {2**32 - 1}")
+
 
 def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
     """Where each pair's text starts, int64 [P/2]: uniform over the text, from the hash, like the noise."""
@@ -1254,3 +1272,368 @@ def es_step(model: Model, backend: NumpyBackend | KernelBackend, text: np.ndarra
         backend.update(model, f, es.seed, model.step, lr * 2**15 / norm)
     model.step += 1
     return float(cost.mean(dtype=np.float64)) / (BITS * es.tokens)
+
+
+# =====================================================================================================================
+# The method ends here. What follows loads text, trains, saves, samples and reads the command line.
+
+
+def load_text(path: Path, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training text and validation text (the last 10%) of a file, uint16 bytes, read-only; raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give a file, for example one made by: cat {path}/*.txt > all.txt")
+    try:
+        data = np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16)
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a text file with --data") from None
+    cut = len(data) * 9 // 10
+    if len(data) - cut <= tokens:
+        raise UserError(f"{path} has {len(data)} bytes, too short for --tokens {tokens}: its last 10% must be longer than "
+                        f"that; use at least {10 * tokens + 10} bytes or fewer tokens")
+    data.setflags(write=False)
+    return data[:cut], data[cut:]
+
+
+def yardsticks(path: Path, train: np.ndarray, val: np.ndarray) -> dict[str, float]:
+    """What simple models reach on this text, bits/byte of the validation part (counts are from the training part)."""
+    counts = np.zeros((256, 256))
+    np.add.at(counts, (train[:-1], train[1:]), 1)
+    seen = max(1, (counts.sum(0) > 0).sum())
+
+    def bits(table: np.ndarray, at: tuple) -> float:
+        table = (table + 0.5) / (table.sum(-1, keepdims=True) + 0.5 * seen)  # add half, over the bytes that occur
+        return float(-np.log2(table[at]).mean())
+
+    text = np.concatenate([train, val]).astype(np.uint8).tobytes()
+    found = {"uniform": 8.0, "unigram": bits(counts.sum(0), (val[1:],)), "bigram": bits(counts, (val[:-1], val[1:])),
+             "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text)}
+    entropy = path.with_suffix(".entropy")  # written by the generator of synthetic text
+    if entropy.exists():
+        found["true entropy"] = float(entropy.read_text())
+    return found
+
+
+def save_model(model: Model, path: Path) -> None:
+    """Write model.npz (plain numpy arrays) whole or not at all."""
+    meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
+    arrays = {"q": model.q, "scale": model.scale, "residual": model.residual, "meta": np.frombuffer(meta, np.uint8)}
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "wb") as f:
+        np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def digest(arrays: dict[str, np.ndarray]) -> bytes:
+    """SHA-256 of a saved model's arrays."""
+    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in ("q", "scale", "residual", "meta"))).digest()
+
+
+def load_model(path: Path) -> Model:
+    """Read model.npz; raises UserError unless every byte is as it was written."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            arrays = {k: z[k] for k in ("q", "scale", "residual", "meta", "check")}
+        if digest(arrays) != arrays["check"].tobytes():
+            raise ValueError("its checksum is wrong")
+        meta = json.loads(arrays["meta"].tobytes())
+        return Model(Config(**meta["config"]), arrays["q"], arrays["scale"], arrays["residual"], meta["step"], meta["extra"])
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
+    except Exception as e:  # a damaged zip file can raise almost anything
+        raise UserError(f"{path} is not a whole model.npz ({e}): use another copy or train again") from None
+
+
+def evaluate(model: Model, backend: NumpyBackend | KernelBackend, text: np.ndarray, tokens: int) -> float:
+    """Bits per token of a text, in segments of T tokens, each from state zero."""
+    whole = np.arange(0, len(text) - tokens, tokens)
+    rest = (len(text) - 1) % tokens
+    total = int(backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64))
+    if rest:
+        total += int(backend.score(model, text, np.array([len(text) - 1 - rest]), rest, (0, 0, 0.0))[0])
+    return total / (BITS * (len(text) - 1))
+
+
+def generate(model: Model, backend: NumpyBackend | KernelBackend, prompt: bytes, length: int, seed: int,
+             temperature: float = 0.7) -> Iterator[bytes]:
+    """The model's continuation of a prompt, byte by byte."""
+    state, read = zero_state(model.cfg, 1), np.frombuffer(prompt or b"\n", np.uint8).astype(np.uint16)
+    for i in range(length):
+        logits = np.zeros((1, len(read), model.cfg.vocab), F32)
+        backend.score(model, np.append(read, np.uint16(0)), np.zeros(1, np.int64), len(read), (0, 0, 0.0), state, logits)
+        last = logits[0, -1].astype(F32)
+        p = np.cumsum(exp2((last - last.max()) * (LOG2E / F32(temperature))).astype(float))
+        token = int(np.searchsorted(p, p[-1] * int(mix(mix(seed) + np.uint32(i))) / 2**32, side="right"))
+        yield bytes([token])
+        read = np.array([token], np.uint16)
+
+
+def cuda_device() -> str:
+    """Name of the GPU; raises UserError where there is none, saying why."""
+    try:
+        import cupy
+
+        return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    except ImportError:
+        raise UserError("--backend cuda needs CuPy: pip install cupy-cuda12x, or use --backend c") from None
+    except Exception as e:
+        raise UserError(f"--backend cuda found no working GPU ({str(e).splitlines()[0]}): use --backend c") from None
+
+
+def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> NumpyBackend | KernelBackend:
+    """The named backend, or the fastest that works here: cuda, c, numpy."""
+    threads = threads or cores()
+    if name is None:
+        try:
+            cuda_device()
+            name = "cuda"
+        except UserError:
+            name = "c"
+            try:
+                return make_backend(name, cfg, rank, threads)
+            except UserError as e:
+                print(f"note: {e}; going on with numpy, which is much slower", file=sys.stderr)
+                name = "numpy"
+    if name == "numpy":
+        return NumpyBackend(cfg, rank)
+    if name == "cuda":
+        cuda_device()
+    source = kernel_source(cfg, rank)
+    return KernelBackend(cfg, rank, name, cuda_launcher(source) if name == "cuda" else c_launcher(source, threads))
+
+
+def plot(out: Path, marks: dict[str, float]) -> None:
+    """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib, or read log.csv in a spreadsheet") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(out / "log.csv") as f:
+        rows = list(csv.DictReader(f))
+    fig, ax = plt.subplots(figsize=(8, 5))
+    tokens = [int(r["tokens"]) for r in rows]
+    ax.plot(tokens, [float(r["train_bits"]) for r in rows], color="0.7", label="training (with noise)")
+    ax.plot(tokens, [float(r["val_bits"]) for r in rows], color="C0", label="validation")
+    for name, bits in marks.items():
+        ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
+        ax.text(tokens[-1], bits, f" {name} {bits:.2f}", va="center", fontsize=8)
+    ax.set(xlabel="tokens read by the population", ylabel="bits per byte", xscale="log", title="nano_eggroll")
+    ax.legend()
+    fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
+    print(f"curve {out / 'curve.png'}")
+
+
+def train(model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> None:
+    """Train from model.step to es.steps; log.csv and model.npz go to `out`, also after Ctrl-C."""
+    every = max(1, es.steps // 20)  # steps between validations
+    stop: list[int] = []
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    live = sys.stdout.isatty()
+    began, first, costs, shown = time.perf_counter(), model.step, [], 0.0
+    per_step = es.population * es.tokens
+    val_bits = evaluate(model, backend, val, es.tokens)
+    with open(out / "log.csv", "a", buffering=1) as log:
+        if not log.tell():
+            log.write("step,seconds,tokens,train_bits,val_bits,tokens_per_s\n")
+        while model.step < es.steps and not stop:
+            costs.append(es_step(model, backend, text, es))
+            now = time.perf_counter()
+            speed = (model.step - first) * per_step / (now - began)
+            validate = model.step % every == 0 or model.step == es.steps
+            if validate:
+                val_bits, mean = evaluate(model, backend, val, es.tokens), sum(costs) / len(costs)
+                log.write(f"{model.step},{now - began:.2f},{model.step * per_step},{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
+            if validate or (live and now - shown > 0.2):
+                shown = now
+                left = (es.steps - model.step) * per_step / speed
+                line = (f"step {model.step}/{es.steps}  train {sum(costs) / len(costs):.3f}  validation {val_bits:.3f} bits/byte"
+                        f"  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
+                print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
+            if validate:
+                costs = []
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if live:
+        print()
+    save_model(model, out / "model.npz")
+    if stop:
+        raise UserError(f"stopped at step {model.step} of {es.steps}, nothing is lost: add --resume --out {out} to go on")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def bench(cfg: Config, es: ES, backend: NumpyBackend | KernelBackend) -> None:
+    """Print tokens/s of inference, of the perturbed pass and of the whole step, side by side: medians and quartiles."""
+    model, text = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab)
+    text.setflags(write=False)
+    start = np.repeat(segments(text, es.tokens, es.seed, 0, np.arange(es.population // 2)), 2)
+    runs: dict[str, tuple[Callable[[], object], list[float]]] = {
+        "inference (no perturbation)": (lambda: backend.score(model, text, start, es.tokens, (0, 0, 0.0)), []),
+        "EGGROLL forward": (lambda: backend.score(model, text, start, es.tokens, (0, 0, es.sigma)), []),
+        "EGGROLL whole step": (lambda: es_step(model, backend, text, replace(es, steps=2**31)), []),
+    }
+    print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} T={es.tokens} "
+          f"population {es.population} rank {es.rank}")
+    for run, _ in runs.values():
+        run()
+    began = time.perf_counter()
+    while time.perf_counter() - began < 10 or len(runs["EGGROLL whole step"][1]) < 3:
+        for run, seconds in runs.values():  # one after the other, so that a noisy moment hits all
+            t = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - t)
+    base = np.median(runs["inference (no perturbation)"][1])
+    for label, (_, seconds) in runs.items():
+        low, mid, high = (es.population * es.tokens / q for q in np.percentile(seconds, [75, 50, 25]))
+        print(f"{label:28} {mid:12,.0f} tokens/s  [{low:,.0f} to {high:,.0f}]  {base / np.median(seconds):.3f} of inference")
+    if resource:
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage text."""
+        raise UserError(f"{message}; --help lists the options")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; options that were not given are None."""
+    p = Parser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--data", type=Path, help="text to train on, as bytes; the last 10%% is for validation (data/tales.txt)")
+    p.add_argument("--out", type=Path, help="folder for model.npz and log.csv (out, or out-2, ... where that is taken)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz")
+    p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
+    p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
+    for settings, names in (Config(), SHAPE), (ES(), [f.name for f in fields(ES)]):
+        for name in names:
+            value = getattr(settings, name)
+            p.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="N", help=f"{HELP[name]} ({value})")
+    p.add_argument("--minutes", type=float, metavar="N", help="choose --steps so that training takes about this long")
+    p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
+    p.add_argument("--eval", action="store_true", help="bits/byte of the model of --load on the validation part of --data")
+    p.add_argument("--bench", action="store_true", help="measure this machine")
+    p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
+    return p.parse_args(argv)
+
+
+DATA = Path(__file__).parent / "data" / "tales.txt"
+SHAPE = ("dim", "layers", "head_size")
+HELP = {
+    "dim": "width D", "layers": "number of layers", "head_size": "width of a head, a divisor of --dim",
+    "population": "members, an even number", "rank": "rank of the perturbations, 1 to 8", "tokens": "length of a segment",
+    "steps": "updates", "sigma": "size of the perturbations, in int8 steps", "lr": "learning rate, in int8 steps",
+    "seed": "of weights, noise and order of the text",
+}
+
+
+def prepare_out(out: Path | None) -> Path:
+    """A writable folder with no model in it."""
+    names = [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]
+    for path in names:
+        if not (path / "model.npz").exists():
+            break
+    else:
+        raise UserError(f"{names[0]}/model.npz exists and would be lost: give another --out, or add --resume to go on with it")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "log.csv").unlink(missing_ok=True)  # of a run that never saved a model
+        (path / "log.csv").touch()
+    except OSError as e:
+        raise UserError(f"cannot write to {path} ({e.strerror}): give a folder of your own with --out") from None
+    return path
+
+
+def steps_for(minutes: float, model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.ndarray) -> int:
+    """How many steps take this long here, from a few steps of a copy."""
+    if not 0 < minutes < 1e6:
+        raise UserError(f"--minutes {minutes:g} is out of range: give a positive number of minutes")
+    trial = replace(model, q=model.q.copy(), residual=model.residual.copy())
+    es_step(trial, backend, text, replace(es, steps=2**31))  # warms up
+    began = time.perf_counter()
+    while trial.step < 3 or time.perf_counter() - began < 0.6 * minutes:
+        es_step(trial, backend, text, replace(es, steps=2**31))
+    return max(1, round((trial.step - 1) * 60 * minutes / (time.perf_counter() - began)))
+
+
+def run(a: argparse.Namespace) -> None:
+    """Do what the command line says; raises UserError."""
+    given = {f.name: getattr(a, f.name) for f in fields(ES) if getattr(a, f.name) is not None}
+    shape = {name: getattr(a, name) for name in SHAPE if getattr(a, name) is not None}
+    es, out, data = ES(**given), a.out, a.data or DATA
+    if a.threads is not None and a.threads < 1:
+        raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
+    if a.resume:
+        if not out or given or shape or a.load or a.data:
+            raise UserError("--resume goes with --out, and the settings are the run's own: leave the others out")
+        model = load_model(out / "model.npz")
+        es, data = ES(**model.extra["es"]), Path(model.extra["data"])
+    elif a.load:
+        model = load_model(a.load)
+        if any(getattr(model.cfg, name) != value for name, value in shape.items()):
+            raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
+    else:
+        cfg = Config(**shape)
+        if a.bench:
+            return bench(cfg, es, make_backend(a.backend, cfg, es.rank, a.threads))
+        if a.eval or a.sample is not None:
+            raise UserError("--eval and --sample need a model: add --load model.npz")
+        model = new_model(cfg, es.seed)
+    if a.eval or a.sample is not None:
+        backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
+        if a.sample is not None:
+            write_sample(model, backend, a.sample, es.seed)
+        if a.eval:
+            print(f"bits/byte {evaluate(model, backend, load_text(data, es.tokens)[1], es.tokens):.4f}")
+        return None
+
+    text, val = load_text(data, es.tokens)
+    backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
+    out = out if a.resume else prepare_out(out)
+    marks = yardsticks(data, text, val)
+    print("bits/byte of " + data.name + ": " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
+    if a.minutes is not None and not a.resume:
+        es = replace(es, steps=steps_for(a.minutes, model, backend, es, text))
+        print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
+    if not a.resume:
+        model.step, model.extra = 0, {"es": asdict(es), "data": str(data)}
+    print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
+          f"{backend.name} on {a.threads or cores()} threads" if backend.name == "c" else f"on {backend.name}")
+    train(model, backend, es, text, val, out)
+    if a.plot:
+        plot(out, marks)
+    write_sample(model, backend, "", es.seed)
+    print(f"model {out / 'model.npz'}")
+    print(f"bits/byte {evaluate(model, backend, val, es.tokens):.4f}")
+    print(f"weights sha256 {model.sha256()}")
+    return None
+
+
+def write_sample(model: Model, backend: NumpyBackend | KernelBackend, prompt: str, seed: int) -> None:
+    """Print a prompt and its continuation, as it comes."""
+    print("--- sample\n" + prompt, end="")
+    for byte in generate(model, backend, prompt.encode(), 400, seed):
+        print(byte.decode("latin-1"), end="", flush=True)
+    print("\n---")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 for what the user can mend."""
+    try:
+        run(parse(argv))
+    except UserError as e:
+        print(f"nano_eggroll: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
