@@ -1554,8 +1554,6 @@ def prepare_out(out: Path | None) -> Path:
 
 def steps_for(minutes: float, model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.ndarray) -> int:
     """How many steps take this long here, from a few steps of a copy."""
-    if not 0 < minutes < 1e6:
-        raise UserError(f"--minutes {minutes:g} is out of range: give a positive number of minutes")
     trial = replace(model, q=model.q.copy(), residual=model.residual.copy())
     es_step(trial, backend, text, replace(es, steps=2**31))  # warms up
     began = time.perf_counter()
@@ -1571,6 +1569,8 @@ def run(a: argparse.Namespace) -> None:
     es, out, data = ES(**given), a.out, a.data or DATA
     if a.threads is not None and a.threads < 1:
         raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
+    if a.minutes is not None and not 0 < a.minutes < 1e6:
+        raise UserError(f"--minutes {a.minutes:g} is out of range: give a positive number of minutes")
     if a.resume:
         if not out or given or shape or a.load or a.data:
             raise UserError("--resume goes with --out, and the settings are the run's own: leave the others out")

@@ -1,0 +1,687 @@
+"""Properties of nano_eggroll, as statements about the method. Every equality is exact unless a tolerance is named.
+
+    pytest                                  the fixed examples that CI runs
+    pytest --hypothesis-profile=hunt        many more, newly drawn
+    pytest -k cuda                          on a machine with a GPU
+"""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import nano_eggroll as E
+
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=12)
+settings.register_profile("hunt", deadline=None, max_examples=300)
+settings.load_profile("fixed")
+
+HERE = Path(__file__).parent
+SEEDS = st.integers(0, 2**32 - 1)
+RANKS = st.integers(1, 8)
+BACKENDS = ["numpy"]
+try:
+    E.make_backend("c", E.Config(dim=4, layers=1, head_size=2, vocab=5), 1, 1)
+    BACKENDS.append("c")
+except E.UserError:
+    pass
+try:
+    E.cuda_device()
+    BACKENDS.append("cuda")
+except E.UserError:
+    pass
+needs_c = pytest.mark.skipif("c" not in BACKENDS, reason="no C compiler")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@st.composite
+def configs(draw, most=24):
+    """Small models of any shape: odd widths, heads of one channel, one layer, widths that no vector register divides."""
+    head_size = draw(st.integers(1, 20))
+    return E.Config(
+        dim=head_size * draw(st.integers(1, max(1, most // head_size))), layers=draw(st.integers(1, 3)), head_size=head_size,
+        vocab=draw(st.integers(2, 70)), ffn=draw(st.integers(1, 70)), lora=draw(st.tuples(*[st.integers(1, 20)] * 4)),
+    )
+
+
+def random_model(cfg, seed=0, most=127):
+    """Weights of a model in mid-training: everything differs from everything."""
+    rng = np.random.default_rng(seed)
+    m = E.new_model(cfg, seed)
+    for name, p in cfg.params.items():
+        if p.cols:
+            m.weight(name)[:] = rng.integers(-most, most + 1, (p.out, p.cols))
+            m.scales(name)[:] = rng.uniform(0.5, 1.5, p.out) / (64 * math.sqrt(p.cols))
+        else:
+            m.weight(name)[:] = np.clip(m.weight(name) + rng.integers(-20, 21, p.out), -most, most)
+    return m
+
+
+def random_text(cfg, n=300, seed=0):
+    """Tokens that the model's vocabulary admits."""
+    text = np.random.default_rng(seed).integers(0, cfg.vocab, n).astype(np.uint16)
+    text.setflags(write=False)
+    return text
+
+
+def explicit(model, noise, member):
+    """A member's weights written out: float64 W + c sum_k A_k B_k^T of every parameter, in int8 steps."""
+    whole = {}
+    for name, p in model.cfg.params.items():
+        A, B = E.factors(model.cfg, p, (noise.keys[0][[member]], noise.keys[1][[member]]), noise.rank)
+        AB = np.einsum("ko,ki->oi", A[0].astype(float), B[0].astype(float))
+        whole[name] = model.weight(name) + float(noise.c[member]) * (AB if p.cols else AB[:, 0])
+    return whole
+
+
+def run(backend, model, text, start, T, noise, state=None):
+    """Scores, logits and the state after T tokens."""
+    logits = np.zeros((len(start), T, model.cfg.vocab), np.float32)
+    state = E.zero_state(model.cfg, len(start)) if state is None else state
+    cost = backend.score(model, text, np.asarray(start, np.int64), T, noise, state, logits)
+    return cost, logits, state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise
+
+
+def hash_bit(seed, step, pair, word, bit):
+    """One noise entry in plain Python integers, written from the definition."""
+    def mix(x):
+        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    m = 0xFFFFFFFF
+    key0 = mix(mix(mix(seed) + step & m) + pair & m)
+    key1 = mix(mix(mix(~seed & m) + pair & m) + step & m)
+    return 2 * (mix(mix(word + key0 & m) ^ key1) >> bit & 1) - 1
+
+
+@given(SEEDS, st.integers(0, 2**31), st.integers(0, 2**20), st.integers(1, 300), st.data())
+def test_any_noise_entry_can_be_rebuilt_alone(seed, step, pair, entries, data):
+    others = data.draw(st.lists(st.integers(0, 2**20), max_size=5))
+    at = data.draw(st.integers(0, len(others)))
+    pairs = np.array(others[:at] + [pair] + others[at:])
+    first = data.draw(st.integers(0, 2**31))
+    row = E.noise(E.pair_keys(seed, step, pairs), first, entries)[at]
+    i = data.draw(st.integers(0, entries - 1))
+    assert row[i] == hash_bit(seed, step, pair, first + i // 32, i % 32)
+
+
+@every_backend
+@given(configs(), SEEDS, st.integers(0, 10**6), RANKS, st.data())
+@settings(max_examples=6)
+def test_update_of_one_pair_shows_the_noise_that_the_definition_gives(backend, cfg, seed, step, rank, data):
+    pair = data.draw(st.integers(0, 600))
+    f = np.zeros(601, np.int8)
+    f[pair] = 1
+    m = E.new_model(cfg, 0)
+    m.q[:] = 0
+    E.make_backend(backend, cfg, rank).update(m, f, seed, step, 2.0**15)  # Z = A B^T, one int8 step for each unit of Z
+    for name, p in cfg.params.items():
+        o, i = data.draw(st.integers(0, p.out - 1)), data.draw(st.integers(0, max(p.cols, 1) - 1))
+        total = 0
+        for k in range(rank):
+            first = p.word + k * cfg.sizes[2]
+            b = hash_bit(seed, step, pair, first + E.words(p.out) + i // 32, i % 32) if p.cols else 1
+            total += hash_bit(seed, step, pair, first + o // 32, o % 32) * b
+        assert m.weight(name).reshape(p.out, -1)[o, i] == total
+
+
+def test_noise_is_centred_of_unit_variance_and_uncorrelated():
+    cfg = E.Config(dim=64, layers=2)
+    pairs = np.arange(400)
+
+    def draw(seed=1, step=2, shift=0, rank=0):
+        return E.noise(E.pair_keys(seed, step, pairs + shift), 0 + rank * cfg.sizes[2], 32 * cfg.sizes[2]).astype(np.float64)
+
+    z = draw()
+    bound = 5 / math.sqrt(z.size)  # five standard deviations of the mean of z.size independent signs
+    assert abs(z.mean()) < bound
+    assert (z * z == 1).all()
+    assert abs(z.mean(0)).max() < 6 / math.sqrt(len(pairs))
+    assert abs(z.mean(1)).max() < 6 / math.sqrt(z.shape[1])
+    neighbours = {"pair": draw(shift=1), "step": draw(step=3), "seed": draw(seed=2), "rank": draw(rank=1),
+                  "entry": np.roll(z, 1, 1), "word": np.roll(z, 32, 1), "swapped": draw(seed=2, step=1)}
+    for what, other in neighbours.items():
+        assert abs((z * other).mean()) < bound, what
+    p = list(cfg.params.values())
+    for a, b in zip(p, p[1:], strict=False):  # neighbouring tensors
+        n = 32 * min(E.words(a.out), E.words(b.out))
+        product = z[:, 32 * a.word:32 * a.word + n] * z[:, 32 * b.word:32 * b.word + n]
+        assert abs(product.mean()) < 5 / math.sqrt(product.size), (a.name, b.name)
+
+
+@given(configs(), SEEDS, st.integers(0, 1000), RANKS, st.floats(0.1, 5))
+def test_the_two_members_of_a_pair_average_to_the_base_weights(cfg, seed, step, rank, sigma):
+    m = random_model(cfg)
+    noise = E.member_noise(np.arange(6), seed, step, sigma, rank)
+    for i in (0, 2, 4):
+        plus, minus = explicit(m, noise, i), explicit(m, noise, i + 1)
+        for name in cfg.params:
+            assert (plus[name] != minus[name]).any() or rank % 2 == 0
+            np.testing.assert_allclose((plus[name] + minus[name]) / 2, m.weight(name), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forward pass
+
+
+@every_backend
+@given(configs(), SEEDS, st.sampled_from([1, 4]), st.integers(1, 40))
+@settings(max_examples=6)
+def test_low_rank_path_equals_explicitly_perturbed_weights(backend, cfg, seed, rank, T):
+    """Naive ES: with c = 1 the perturbed weights are int8 again, and the two ways agree to the bit."""
+    m = random_model(cfg, most=120)
+    text, start, sigma = random_text(cfg), np.arange(4), math.sqrt(rank)
+    b = E.make_backend(backend, cfg, rank)
+    cost, logits, state = run(b, m, text, start, T, (seed, 3, sigma))
+    noise = E.member_noise(start, seed, 3, sigma, rank)
+    for member in start:
+        naive = replace(m, q=m.q.copy())
+        for name, w in explicit(m, noise, member).items():
+            naive.weight(name)[:] = w
+        c, lo, s = run(b, naive, text, [member], T, (0, 0, 0.0))
+        assert c[0] == cost[member]
+        np.testing.assert_array_equal(lo[0], logits[member])
+        np.testing.assert_array_equal(s[0], state[member])
+
+
+def reference(cfg, W, tokens):
+    """RWKV-7 in float64, one token at a time, written from the equations of the paper (no quantised activations)."""
+    D, N = cfg.dim, cfg.head_size
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def norm(x, w, b, eps):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * w + b
+
+    last_att, last_ffn = np.zeros((cfg.layers, D)), np.zeros((cfg.layers, D))
+    S, out = np.zeros((cfg.layers, D // N, N, N)), []
+    for token in tokens:
+        x = norm(W["emb.weight"][token], W["blocks.0.ln0.weight"], W["blocks.0.ln0.bias"], 1e-5)
+        for layer in range(cfg.layers):
+            def P(name, layer=layer):
+                return W[f"blocks.{layer}.{name}"]
+
+            h = norm(x, P("ln1.weight"), P("ln1.bias"), 1e-5)
+            mixed = {i: h + (last_att[layer] - h) * P(f"att.x_{i}") for i in "rwkvag"}
+            last_att[layer] = h
+            r, k, v = (P(f"att.{n}.weight") @ mixed[n[0]] for n in ("receptance", "key", "value"))
+            w = np.exp(-np.exp(-0.5) * sigmoid(P("att.w0") + P("att.w2") @ np.tanh(P("att.w1") @ mixed["w"])))
+            a = sigmoid(P("att.a0") + P("att.a2") @ (P("att.a1") @ mixed["a"]))
+            g = P("att.g2") @ sigmoid(P("att.g1") @ mixed["g"])
+            if layer == 0:
+                v_first = v
+            else:
+                v = v + (v_first - v) * sigmoid(P("att.v0") + P("att.v2") @ (P("att.v1") @ mixed["v"]))
+            y = np.zeros(D)
+            for head in range(D // N):
+                c = slice(head * N, head * N + N)
+                kk = k[c] * P("att.k_k")[c]
+                kk = kk / max(np.linalg.norm(kk), 1e-12)
+                k[c] = k[c] * (1 + (a[c] - 1) * P("att.k_a")[c])
+                S[layer, head] = (S[layer, head] @ (np.diag(w[c]) - np.outer(kk, kk * a[c])) + np.outer(v[c], k[c]))
+                yh = norm(S[layer, head] @ r[c], P("att.ln_x.weight")[c], P("att.ln_x.bias")[c], 64e-5)
+                y[c] = yh + (r[c] * k[c] * P("att.r_k")[c]).sum() * v[c]
+            x = x + P("att.output.weight") @ (y * g)
+            h = norm(x, P("ln2.weight"), P("ln2.bias"), 1e-5)
+            kf = np.maximum(P("ffn.key.weight") @ (h + (last_ffn[layer] - h) * P("ffn.x_k")), 0) ** 2
+            last_ffn[layer] = h
+            x = x + P("ffn.value.weight") @ kf
+        out.append(W["head.weight"] @ norm(x, W["ln_out.weight"], W["ln_out.bias"], 1e-5))
+    return np.array(out)
+
+
+@given(SEEDS, RANKS, st.floats(0.3, 3), st.sampled_from([(16, 1, 4), (24, 2, 12), (32, 3, 16), (20, 2, 5)]))
+def test_a_member_agrees_with_the_equations_in_float64(seed, rank, sigma, shape):
+    """Within 5% of the logits' size: what int8 activations cost (a wrong sign or mix in one place costs tens of percent)."""
+    cfg = E.Config(dim=shape[0], layers=shape[1], head_size=shape[2], vocab=50)
+    m, text = random_model(cfg, seed), random_text(cfg, seed=seed)
+    noise = E.member_noise(np.arange(2), seed, 5, sigma, rank)
+    logits = E.forward(m, text[None, :24].repeat(2, 0), E.zero_state(cfg, 2), noise)
+    for member in range(2):
+        W = explicit(m, noise, member)
+        W = {n: w * (m.scales(n)[:, None] if cfg.params[n].cols else m.scales(n)) for n, w in W.items()}
+        want = reference(cfg, W, text[:24])
+        assert np.sqrt(np.mean((logits[member] - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))
+
+
+def test_functions_agree_with_the_library():
+    x = np.concatenate([np.linspace(-90, 90, 10001), [0.0]]).astype(np.float32)
+    np.testing.assert_allclose(E.exp2(x), np.exp2(x.astype(float)), rtol=4e-7)
+    np.testing.assert_allclose(E.sigmoid(x), 1 / (1 + np.exp(-x.astype(float))), rtol=2e-5, atol=1e-30)
+    np.testing.assert_allclose(E.tanh(x), np.tanh(x.astype(float)), atol=4e-7)
+    x = np.exp2(np.linspace(-100, 100, 10001)).astype(np.float32)
+    np.testing.assert_allclose(E.log2(x), np.log2(x.astype(float)), rtol=4e-7, atol=2e-7)
+
+
+@given(st.integers(1, 100), SEEDS)
+def test_a_loss_is_the_cross_entropy_in_fixed_point(vocab, seed):
+    rng = np.random.default_rng(seed)
+    logits, target = rng.normal(0, 8, (50, vocab)).astype(np.float32), rng.integers(0, vocab, 50)
+    z = logits.astype(float)
+    want = (np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1)) + z.max(-1) - z[np.arange(50), target]) / math.log(2)
+    np.testing.assert_allclose(E.loss(logits, target) / 4096, np.minimum(want, 63), atol=1e-3)
+
+
+@every_backend
+@given(configs(), st.integers(2, 50), st.data())
+@settings(max_examples=6)
+def test_a_score_ignores_later_tokens(backend, cfg, T, data):
+    t = data.draw(st.integers(0, T - 2))
+    m, text = random_model(cfg), random_text(cfg)
+    changed = text.copy()
+    changed[t + 1:] = (changed[t + 1:] + 1) % cfg.vocab
+    b = E.make_backend(backend, cfg, 1)
+    one, two = (run(b, m, x, [0, 0], T, (1, 2, 1.0))[1] for x in (text, changed))
+    np.testing.assert_array_equal(one[:, :t + 1], two[:, :t + 1])
+    assert cfg.dim < 4 or (one[:, t + 1:] != two[:, t + 1:]).any()  # a norm of one or two channels leaves nothing to see
+
+
+@every_backend
+@given(configs(), st.integers(2, 70), RANKS, st.data())
+@settings(max_examples=6)
+def test_tokens_at_once_equal_tokens_in_two_calls(backend, cfg, T, rank, data):
+    t = data.draw(st.integers(1, T - 1))
+    m, text, noise = random_model(cfg), random_text(cfg), (7, 8, 1.5)
+    b = E.make_backend(backend, cfg, rank)
+    cost, logits, state = run(b, m, text, [0, 5, 9], T, noise)
+    cost1, logits1, carried = run(b, m, text, [0, 5, 9], t, noise)
+    cost2, logits2, carried = run(b, m, text, [t, 5 + t, 9 + t], T - t, noise, carried)
+    np.testing.assert_array_equal(cost, cost1 + cost2)
+    np.testing.assert_array_equal(logits, np.concatenate([logits1, logits2], 1))
+    np.testing.assert_array_equal(state, carried)
+
+
+@every_backend
+@given(st.permutations(range(12)), st.integers(1, 12))
+@settings(max_examples=6)
+def test_a_score_does_not_depend_on_who_else_is_in_the_population(backend, order, size):
+    cfg = E.Config(dim=12, layers=2, head_size=4, vocab=30, lora=(3, 4, 5, 6))
+    m, text, start = random_model(cfg), random_text(cfg), np.arange(12) * 3
+    whole = run(E.make_backend(backend, cfg, 2, 3), m, text, start, 20, (1, 2, 1.0))
+    part = run(E.make_backend(backend, cfg, 2, 1), m, text, start[:size], 20, (1, 2, 1.0))
+    for a, b in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(a[:size], b)
+    order = np.array(order)
+    tokens = text[start[order, None] + np.arange(20)]
+    mixed = E.forward(m, tokens, E.zero_state(cfg, 12), E.member_noise(order, 1, 2, 1.0, 2))
+    np.testing.assert_array_equal(mixed, whole[1][order])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update and the step
+
+
+@every_backend
+@given(configs(), SEEDS, RANKS, st.integers(1, 700), st.floats(1e-3, 1e4))
+@settings(max_examples=6)
+def test_update_equals_the_sum_of_outer_products(backend, cfg, seed, rank, pairs, gain):
+    m = random_model(cfg)
+    m.residual[:] = np.random.default_rng(1).integers(-2**14, 2**14, len(m.residual))
+    before = replace(m, q=m.q.copy(), residual=m.residual.copy())
+    f = np.random.default_rng(seed).integers(-127, 128, pairs).astype(np.int8)
+    E.make_backend(backend, cfg, rank).update(m, f, seed, 9, gain)
+    for name, p in cfg.params.items():
+        A, B = E.factors(cfg, p, E.pair_keys(seed, 9, np.arange(pairs)), rank)
+        Z = np.zeros((p.out, max(p.cols, 1)), np.int64)
+        for i in range(pairs):
+            for k in range(rank):
+                Z += int(f[i]) * np.outer(A[i, k].astype(np.int64), B[i, k])
+        at = slice(p.at, p.at + p.size)
+        move = np.rint(np.clip(Z.astype(np.float32) * np.float32(gain), -2**21, 2**21)).astype(np.int64).ravel()
+        total = before.residual[at] + move
+        whole = np.floor_divide(total + 2**14, 2**15)
+        np.testing.assert_array_equal(m.q[at], np.clip(before.q[at] + whole, -127, 127))
+        np.testing.assert_array_equal(m.residual[at], total - whole * 2**15)  # what is not moved is kept
+
+
+@every_backend
+@given(configs(), st.integers(1, 300))
+@settings(max_examples=4)
+def test_zero_fitness_changes_nothing(backend, cfg, pairs):
+    m = random_model(cfg)
+    q, residual = m.q.copy(), m.residual.copy()
+    f = E.shape_fitness(np.zeros(pairs, np.int32))
+    assert (f == 0).all()
+    E.make_backend(backend, cfg, 1).update(m, f, 1, 2, 1e4)
+    np.testing.assert_array_equal(m.q, q)
+    np.testing.assert_array_equal(m.residual, residual)
+
+
+@given(st.lists(st.integers(-2**20, 2**20), min_size=1, max_size=50))
+def test_shaped_fitness_is_odd_scale_free_and_clipped(d):
+    d = np.array(d, np.int32)
+    f = E.shape_fitness(d)
+    assert f.dtype == np.int8
+    np.testing.assert_array_equal(E.shape_fitness(-d), -f)
+    np.testing.assert_array_equal(E.shape_fitness(4 * d), f)
+    if d.any():
+        x = np.clip(d / math.sqrt(np.mean(d.astype(float) ** 2)), -3, 3) * 127 / 3
+        np.testing.assert_allclose(f, x, atol=0.501)
+
+
+@given(st.integers(40, 10**6), st.integers(1, 39), SEEDS, st.integers(0, 1000))
+def test_segments_stay_inside_the_text(n, tokens, seed, step):
+    text = np.broadcast_to(np.uint16(0), n)
+    start = E.segments(text, tokens, seed, step, np.arange(1000))
+    assert start.min() >= 0
+    assert start.max() + tokens < n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backends agree to the bit
+
+
+NATIVE = ["-march=native", "-march=native -O1"]
+if platform.machine() in ("x86_64", "AMD64"):  # the same source without VNNI, without AVX2, and with the 256-bit VNNI
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    NATIVE += ["-march=x86-64"] + ["-march=x86-64-v3"] * ("avx2" in cpu) + ["-mavx2 -mavxvnni"] * ("avx_vnni" in cpu)
+
+
+@needs_c
+@pytest.mark.parametrize("flags", NATIVE)
+@given(configs(most=70), SEEDS, RANKS, st.integers(1, 50), st.integers(1, 10), st.sampled_from([1.0, 0.3, 2.5]),
+       st.integers(1, 5))
+@settings(max_examples=4)
+def test_c_equals_numpy(flags, cfg, seed, rank, T, members, sigma, threads):
+    m, text = random_model(cfg, seed), random_text(cfg)
+    start = np.random.default_rng(seed).integers(0, 200, members)
+    c = E.KernelBackend(cfg, rank, "c", E.c_launcher(E.kernel_source(cfg, rank), threads, flags))
+    numpy = E.NumpyBackend(cfg, rank)
+    for s in (sigma, 0.0):
+        for a, b in zip(run(c, m, text, start, T, (seed, 4, s)), run(numpy, m, text, start, T, (seed, 4, s)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
+    other = replace(m, q=m.q.copy(), residual=m.residual.copy())
+    c.update(m, f, seed, 4, 77.7)
+    numpy.update(other, f, seed, 4, 77.7)
+    np.testing.assert_array_equal(m.q, other.q)
+    np.testing.assert_array_equal(m.residual, other.residual)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@given(configs(most=40), SEEDS, st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 3))
+@settings(max_examples=5)
+def test_whole_runs_are_equal(backend, cfg, seed, rank, T, pairs, threads):
+    text = random_text(cfg)
+    es = E.ES(population=2 * pairs, rank=rank, tokens=T, steps=6, lr=5, seed=seed)
+    one, two = E.new_model(cfg, seed), E.new_model(cfg, seed)
+    a, b = E.make_backend(backend, cfg, rank, threads), E.NumpyBackend(cfg, rank)
+    for _ in range(6):
+        assert E.es_step(one, a, text, es) == E.es_step(two, b, text, es)
+    assert one.sha256() == two.sha256()
+    np.testing.assert_array_equal(one.residual, two.residual)
+
+
+@every_backend
+def test_accumulators_hold_the_most_extreme_model(backend):
+    """Every weight and every activation at its limit, in the widest product that is quick to run."""
+    cfg = E.Config(dim=64, layers=1, head_size=64, vocab=4, ffn=16384)
+    m = random_model(cfg)
+    for n in ("blocks.0.ffn.key.weight", "blocks.0.ffn.value.weight", "head.weight"):
+        m.weight(n)[:] = 127
+    m.weight("blocks.0.ln2.weight")[:] = 0
+    m.weight("blocks.0.ln2.bias")[:] = 127  # all activations alike, so each quantises to 127
+    text = random_text(cfg)
+    got = run(E.make_backend(backend, cfg, 1), m, text, [0, 0], 3, (0, 0, 0.0))[1]
+    want = E.forward(m, text[None, :3], E.zero_state(cfg, 1))
+    np.testing.assert_array_equal(got[0], want[0])
+
+
+def test_shapes_that_could_overflow_are_refused():
+    assert 65536 * 255 * 127 < 2**31  # a biased activation times a weight, the widest sum
+    assert 127 * 2**20 * 8 < 2**31  # Z: fitness x pairs x rank
+    assert 4096 * 63 * E.BITS < 2**31  # a score: T losses
+    E.Config(dim=16384, layers=1, head_size=64, ffn=65536)
+    E.ES(population=2**21, rank=8, tokens=4096)
+    for bad in ({"ffn": 65537}, {"dim": 16448, "head_size": 64, "ffn": 1}, {"lora": (1, 1, 65537, 1)}, {"vocab": 65537}):
+        with pytest.raises(ValueError, match="out of range"):
+            E.Config(**bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, saving, the command line
+
+
+def small(tmp_path, *more):
+    """Arguments of a run of about a second."""
+    args = ["--dim", "16", "--layers", "1", "--population", "64", "--tokens", "16", "--steps", "8", "--lr", "2"]
+    return [*args, "--out", str(tmp_path / "run"), *more]
+
+
+@needs_c
+def test_a_short_run_learns():
+    train, val = E.load_text(E.DATA, 32)
+    marks = E.yardsticks(E.DATA, train, val)
+    cfg, es = E.Config(dim=32, layers=1), E.ES(population=512, tokens=32, steps=150, lr=1.0)
+    m, b = E.new_model(cfg, 0), E.make_backend("c", cfg, 1)
+    assert abs(E.evaluate(m, b, val, 32) - 8) < 0.01  # a zero head is uniform
+    for _ in range(es.steps):
+        E.es_step(m, b, train, es)
+    assert E.evaluate(m, b, val, 32) < marks["unigram"] - 0.3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_main_trains_saves_evaluates_and_samples(backend, tmp_path, capsys):
+    assert E.main(small(tmp_path, "--backend", backend)) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "uniform 8.00" in out[0]
+    assert "true entropy" in out[0]
+    assert out[-2].startswith("bits/byte ")
+    model = E.load_model(tmp_path / "run" / "model.npz")
+    assert out[-1] == f"weights sha256 {model.sha256()}"
+    log = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert log[0] == "step,seconds,tokens,train_bits,val_bits,tokens_per_s"
+    assert log[-1].startswith("8,")
+    args = ["--load", str(tmp_path / "run" / "model.npz"), "--backend", backend, "--tokens", "16"]
+    assert E.main([*args, "--eval", "--sample", "Once upon"]) == 0
+    again = capsys.readouterr().out
+    assert "Once upon" in again
+    assert again.splitlines()[-1] == out[-2]
+
+
+def test_every_backend_ends_with_the_same_hash(tmp_path, capsys):
+    hashes = set()
+    for backend in BACKENDS:
+        for threads in ("1", "2"):
+            assert E.main(small(tmp_path / backend / threads, "--backend", backend, "--threads", threads)) == 0
+            hashes.add(capsys.readouterr().out.splitlines()[-1])
+    assert len(hashes) == 1
+
+
+@needs_c
+def test_evaluation_counts_every_byte_once():
+    cfg = E.Config(dim=8, layers=1, head_size=4)
+    m, text = random_model(cfg), random_text(cfg, 107)
+    b = E.make_backend("c", cfg, 1)
+    one_by_one = sum(int(b.score(m, text, np.array([i]), min(20, 106 - i), (0, 0, 0.0))[0]) for i in range(0, 106, 20))
+    assert E.evaluate(m, b, text, 20) == one_by_one / (E.BITS * 106)
+
+
+@given(configs(), SEEDS)
+def test_a_model_survives_saving(tmp_path_factory, cfg, seed):
+    path = tmp_path_factory.mktemp("save") / "model.npz"
+    m = random_model(cfg, seed % 1000)
+    m.residual[:] = np.random.default_rng(0).integers(-2**14, 2**14, len(m.residual))
+    m.step, m.extra = 17, {"es": {"seed": seed}}
+    E.save_model(m, path)
+    got = E.load_model(path)
+    assert (got.cfg, got.step, got.extra, got.sha256()) == (m.cfg, 17, m.extra, m.sha256())
+    np.testing.assert_array_equal(got.residual, m.residual)
+    np.testing.assert_array_equal(got.scale, m.scale)
+
+
+def test_a_damaged_model_is_refused(tmp_path, capsys):
+    path = tmp_path / "model.npz"
+    model = random_model(E.Config(dim=4, layers=1, head_size=2, vocab=3, lora=(1, 1, 1, 1)))
+    sha256 = model.sha256()
+    E.save_model(model, path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [whole[:n] for n in rng.integers(0, len(whole), 60)]
+    for at in rng.integers(0, len(whole), 300):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1:])
+    refused = 0
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            E.load_model(path)  # a flipped bit of a date in the zip file's directory does no harm
+        except E.UserError:
+            refused += 1
+        else:
+            assert len(data) == len(whole)
+            assert E.load_model(path).sha256() == sha256
+    assert refused > 300
+    path.write_bytes(whole[:-10])
+    assert E.main(["--load", str(path), "--eval"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+BAD = {
+    "missing data": (["--data", "nowhere.txt"], "nowhere.txt"),
+    "a directory as data": (["--data", "."], "directory"),
+    "empty data": (["--data", "empty.txt"], "too short"),
+    "short data": (["--data", "short.txt"], "too short"),
+    "tokens longer than the data": (["--data", "short.txt", "--tokens", "200"], "--tokens 200"),
+    "odd population": (["--population", "63"], "63"),
+    "no population": (["--population", "0"], "0"),
+    "rank": (["--rank", "9"], "9"),
+    "rank 0": (["--rank", "0"], "0"),
+    "width": (["--dim", "0"], "0"),
+    "negative width": (["--dim", "-4"], "-4"),
+    "head size": (["--head-size", "5"], "5"),
+    "steps": (["--steps", "0"], "0"),
+    "tokens": (["--tokens", "5000"], "5000"),
+    "sigma": (["--sigma", "nan"], "nan"),
+    "lr": (["--lr", "-1"], "-1"),
+    "seed": (["--seed", "-1"], "-1"),
+    "minutes": (["--minutes", "-1"], "-1"),
+    "threads": (["--threads", "0"], "0"),
+    "not a number": (["--dim", "wide"], "wide"),
+    "unknown backend": (["--backend", "tpu"], "tpu"),
+    "unknown option": (["--frobnicate"], "--frobnicate"),
+    "out is a file": (["--out", "short.txt"], "short.txt"),
+    "out cannot be made": (["--out", "/proc/nowhere/x"], "/proc/nowhere/x"),
+    "missing model": (["--load", "nowhere.npz"], "nowhere.npz"),
+    "not a model": (["--load", "short.txt"], "short.txt"),
+    "sample without a model": (["--sample", "x"], "--load"),
+    "eval without a model": (["--eval"], "--load"),
+    "resume without a run": (["--resume", "--out", "fresh"], "fresh"),
+    "resume with settings": (["--resume", "--out", "fresh", "--lr", "1"], "--resume"),
+    "out is taken": (["--out", "taken"], "taken"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_bytes(b"")
+    Path("short.txt").write_bytes(b"x" * 300)
+    Path("taken").mkdir()
+    Path("taken/model.npz").write_bytes(b"precious")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    args, named = BAD[name]
+    assert E.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert named in err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.skipif("cuda" in BACKENDS, reason="there is a GPU")
+def test_cuda_without_a_device_is_one_line(capsys):
+    assert E.main(["--backend", "cuda"]) == 2
+    assert "--backend cuda" in capsys.readouterr().err
+
+
+def test_without_a_compiler_numpy_goes_on(tmp_path, monkeypatch, capsys):
+    if "cuda" in BACKENDS:
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert E.make_backend(None, E.Config(dim=4, layers=1, head_size=2), 1).name == "numpy"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "install" in err
+    with pytest.raises(E.UserError, match="install"):
+        E.make_backend("c", E.Config(dim=4, layers=1, head_size=2), 1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions")
+def test_the_cache_is_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = E.cache_dir()
+    assert path == tmp_path / "nano_eggroll"
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o777)  # others could plant code
+    assert E.cache_dir().parent != tmp_path
+    path.rmdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    assert E.cache_dir().parent != tmp_path
+
+
+@needs_c
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    args = [sys.executable, str(HERE / "nano_eggroll.py"), "--dim", "16", "--population", "256", "--steps", "400"]
+    whole = subprocess.run([*args, "--out", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = subprocess.Popen([*args, "--out", "parts"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("step"):
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "--resume --out parts" in err
+    assert 0 < E.load_model(tmp_path / "parts" / "model.npz").step < 400
+    rest = subprocess.run([*args[:2], "--resume", "--out", "parts"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert rest.stdout.splitlines()[-2:] == whole.stdout.splitlines()[-2:]
+
+
+def test_the_tales_are_what_their_generator_writes(tmp_path):
+    made = tmp_path / "tales.txt"
+    subprocess.run([sys.executable, str(HERE / "data" / "make_tales.py"), "--out", str(made)], check=True, capture_output=True)
+    assert made.read_bytes() == E.DATA.read_bytes()
+    assert made.with_suffix(".entropy").read_text() == E.DATA.with_suffix(".entropy").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+@pytest.mark.parametrize("shape", [(64, 2, 16, 1), (30, 1, 15, 3)])
+def test_cuda_source_compiles(arch, shape):
+    """The kernel compiles for GPUs that need not be there."""
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
+    try:
+        nvrtc.getVersion()
+    except Exception as e:  # noqa: BLE001
+        pytest.skip(f"no NVRTC library: {e}")
+    cfg = E.Config(dim=shape[0], layers=shape[1], head_size=shape[2])
+    program = nvrtc.createProgram(E.kernel_source(cfg, shape[3]), "kernel.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*E.CUDA_OPTIONS, f"--gpu-architecture=compute_{arch}"))
+    except Exception:  # noqa: BLE001
+        pytest.fail(nvrtc.getProgramLog(program))
+    ptx = nvrtc.getPTX(program)
+    assert b".entry score" in ptx
+    assert b".entry update" in ptx
+    assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
