@@ -634,6 +634,7 @@ typedef struct {                                  // what one task needs; reused
   i8 noise[32 * R * WORDS];                       // of the whole model; column k of tensor t is at 32 (k WORDS + t.word)
   int minus[32 * R * WORDS];                      // its sign bits: x ^ minus is x times the noise
   int bsum[TENSORS][R];                           // sums of the entries of each B, to take BIAS out again
+  int pair;                                       // whose noise this is
 } Member;
 
 typedef struct { const i8 *w; const float *scale; const int *bias; Member *s; float c; int rank; } Model;
@@ -682,11 +683,11 @@ INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, in
   dot_rows(acc, n, m->s->q, (cols + 3) / 4, m->w + t.at + o * cols, cols);
   const float *scale = m->scale + t.row + o;
   const int *minus = m->s->minus + 32 * t.word + o;
-  UNROLL for (int j = 0; j < n; j++) {
-    vf z = I2F(acc[j]);
-    if (m->rank) UNROLL for (int k = 0; k < R; k++) z = z + AS_F(AS_I(xb[k]) ^ minus[32 * k * WORDS + j]);
-    V(y, o + j) = z * scale[j] * sx;
-  }
+  vf z[ROWS];
+  UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
+  if (m->rank) UNROLL for (int k = 0; k < R; k++)
+    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus[32 * k * WORDS + j]);
+  UNROLL for (int j = 0; j < n; j++) V(y, o + j) = z[j] * scale[j] * sx;
 }
 
 INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int i, int out, int cols) {
@@ -694,7 +695,8 @@ INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int i, int out, int c
   if (m->rank) UNROLL for (int k = 0; k < R; k++) {  // x B: four sums, so that the products need not wait for each other
     const i8 *b = m->s->noise + 32 * (k * WORDS + t.word + (out + 31) / 32);
     vi p[4] = {ZERO, ZERO, ZERO, ZERO};
-    for (int w = 0; w < (cols + 3) / 4; w++) p[w % 4] = dot4(p[w % 4], Q(m->s->q, w), load4(b + 4 * w, 4));
+    for (int w0 = 0; w0 < (cols + 3) / 4; w0 += 4) UNROLL for (int w = w0; w < w0 + 4; w++)
+      if (w < (cols + 3) / 4) p[w - w0] = dot4(p[w - w0], Q(m->s->q, w), load4(b + 4 * w, 4));
     xb[k] = m->c * I2F(p[0] + p[1] + p[2] + p[3] - BIAS * m->s->bsum[i][k]);
   }
   EACH(o, out / ROWS) matmul_rows(y, m, sx, xb, t, o * ROWS, ROWS, cols);
@@ -831,12 +833,13 @@ INLINE void channel_mix(const Model *m, int l, int tokens) {
 INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
   Member *s = m->s;
   u32 k0 = key0(seed, step, pair), k1 = key1(seed, step, pair);
-  if (m->rank) FLAT(w, R * WORDS) {
+  if (m->rank && s->pair != pair) FLAT(w, R * WORDS) {
     u32 h = noise_word(k0, k1, w);
     for (int b = 0; b < 32; b++) s->noise[32 * w + b] = (int)(h >> b & 1) * 2 - 1;
     for (int b = 0; b < 32; b++) s->minus[32 * w + b] = ~(h >> b) << 31;
   }
   SYNC;
+  s->pair = pair;
   for (int i = 0; i < TENSORS; i++) {
     Tensor t = TABLE[i];
     if (!t.cols) FLAT(o, t.out) {
@@ -857,6 +860,7 @@ INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
 KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned short *text, const i64 *start, int T,
              u32 seed, u32 step, float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
   SCRATCH(Member);
+  s->pair = -1;
   TASKS(member) {
     Model model = {w, scale, bias, s, member % 2 ? -c : c, c != 0 ? R : 0}, *m = &model;
     SYNC;
@@ -940,7 +944,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
     int o0 = UNITS[u].row, rows = !t.cols ? 1 : t.out - o0 < UNIT ? t.out - o0 : UNIT, cols = t.cols ? t.cols : t.out;
     int bword = t.cols ? t.word + (t.out + 31) / 32 : t.word;
-    for (int j = 0; j < rows; j++) FLAT(i, COLUMNS) s->z[j][i] = 0;
+    for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
       int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, words = (count + 3) / 4;
       SYNC;
@@ -1169,7 +1173,7 @@ def c_launcher(source: str, threads: int, flags: str = "-march=native") -> Calla
         kernel = getattr(lib, name)
         argv = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
                 types[type(a)](a) if a is not None else None for a in args]
-        pieces = min(tasks, 4 * threads)
+        pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several for each thread, in case one is held up
 
         def run(i: int) -> None:
             scratch = free.get()
@@ -1177,7 +1181,7 @@ def c_launcher(source: str, threads: int, flags: str = "-march=native") -> Calla
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
             free.put(scratch)
 
-        list(pool.map(run, range(pieces)))
+        list(pool.map(run, range(pieces)) if threads > 1 else map(run, range(pieces)))
 
     return launch
 
