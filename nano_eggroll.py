@@ -6,18 +6,19 @@
     python nano_eggroll.py --load out/model.npz --eval
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
-  1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and B_i
-     are thin +-1 matrices rebuilt from a seed, so no noise is ever stored, and x (W + c A B^T)^T = x W^T + c (x B) A^T.
+  1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
+     B_i are thin +-1 matrices rebuilt from a seed, and x (W + c A B^T)^T = x W^T + c (x B) A^T, so the big product is
+     shared by the whole population and no noise is ever stored.
   2. Both members of a pair read the same text; d_i says how much better the first one predicted it.
   3. Every weight moves along sum_i d_i A_i B_i^T: the whole update is one integer matrix product over the population.
   4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
 
-This file is the method and the tool around it; a ruler below says where the one ends and the other begins. It is not a
-framework: copy what you need. Three backends compute the same bits: `numpy` (read this one), `c` (the kernel source below,
-compiled by your C compiler) and `cuda` (the same source, through CuPy).
+Three backends compute the same bits: `numpy` (read this one first), `c` (the kernel source below, compiled by your C
+compiler) and `cuda` (the same source, through CuPy). The method comes first; a double ruler says where it ends and the
+tool around it begins. This is not a framework: copy what you need.
 
-Shapes are written with one set of letters, in Python and in the kernel alike:
-  P population (members)   T tokens   D width   L layers   H heads   N head size   F channel-mix width   V vocabulary   R rank
+Shapes are written with one set of letters, in Python and in the kernel alike: P population (members), T tokens, D width,
+L layers, H heads, N head size, F width of the channel mix, V vocabulary, R rank.
 """
 
 from __future__ import annotations
@@ -47,11 +48,6 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 F32 = np.float32
 LORA = ("w", "a", "v", "g")  # RWKV-7's four low-rank MLPs: decay, in-context learning rate, value residual, gate
 
@@ -66,7 +62,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of an RWKV-7. Raises ValueError, naming the value and the remedy, for shapes that cannot be computed."""
+    """The shape of an RWKV-7; raises UserError (a ValueError) for shapes that cannot be computed."""
 
     dim: int = 64  # D, width of the residual stream
     layers: int = 2  # L
@@ -87,6 +83,8 @@ class Config:
                 raise UserError(f"{name} {value} is out of range: choose 1 to {most}")
         if self.dim % self.head_size:
             raise UserError(f"head size {self.head_size} does not divide the width {self.dim}: choose a divisor of it")
+        if self.layers * (12 * self.dim + 2 * self.ffn) * self.dim + 2 * self.vocab * self.dim >= 2**31:  # int32 offsets
+            raise UserError(f"dim {self.dim} with {self.layers} layers is over 2^31 weights: choose fewer of one of them")
 
     @cached_property
     def params(self) -> dict[str, Param]:
@@ -214,11 +212,11 @@ class Model:
 
 
 def new_model(cfg: Config, seed: int) -> Model:
-    """Initial weights. Every block starts as the identity (output, ffn.value, w1, a1, v1 are zero) and the head is zero.
+    """Initial weights: every block starts as the identity (output, ffn.value, w1, a1, v1 are zero) and the head is zero.
 
-    Matrices are N(0, 16) rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x keeps the size of x. Vectors follow
-    the official RWKV-7 formulas. The normal deviate is the sum of four bytes of the noise hash (Irwin-Hall): no library's
-    random stream is involved, so the bits are the same everywhere.
+    Matrices are N(0, 16) rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x keeps the size of x. Vectors
+    follow the official RWKV-7 formulas. The normal deviate is the sum of four bytes of the noise hash (Irwin-Hall): no
+    library's random stream is involved, so the bits are the same everywhere.
     """
     size, rows, _ = cfg.sizes
     m = Model(cfg, np.zeros(size, np.int8), np.zeros(rows, F32), np.zeros(size, np.int16))
@@ -339,7 +337,7 @@ def zero_state(cfg: Config, members: int) -> np.ndarray:
 
 
 def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | None = None) -> np.ndarray:
-    """Next-token logits of P members: tokens [P, T], state [P, L, 2 D + D N] (updated in place) -> float32 [P, T, V]."""
+    """Next-token logits: tokens [P, T], state [P, L, 2 D + D N] (updated in place) -> float32 [P, T, V]."""
     cfg = model.cfg
     D, H, N = cfg.dim, cfg.dim // cfg.head_size, cfg.head_size
     P, T = tokens.shape
@@ -357,7 +355,7 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
         return (q * model.scales(name))[:, None]
 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
-        """X (W + c A B^T)^T = x W^T + c (x B) A^T [P, T, out]: one int8 product shared by all, R dot products for each."""
+        """X (W + c A B^T)^T = x W^T + c (x B) A^T [P, T, out]: one int8 product for all, R dot products for each."""
         q, sx = quantise(x)
         W = model.weight(name)
         # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
@@ -439,10 +437,10 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernel: the same pass for any C compiler and for CUDA, one member per task. A lane is a token: `vf` and `vi` hold one
-# number for each of LANES tokens (a SIMD register on a CPU, a register of each thread of a warp on a GPU) and a buffer is
-# [channel][LANES], so the code reads like scalar code and nothing but the recurrence looks across lanes. There, where
-# tokens must follow each other, a lane is a value channel of a head instead. What differs between machines comes first.
+# The kernel: the same pass for any C compiler and for CUDA, one member per task. A lane is a token: `vf` and `vi` hold
+# one number for each of LANES tokens (a SIMD register on a CPU, a register of each thread of a warp on a GPU) and a
+# buffer is [channel][LANES], so the code reads like scalar code and nothing but the recurrence looks across lanes. There,
+# where tokens must follow each other, a lane is a value channel of a head. What differs between machines comes first.
 
 MACHINE = r"""
 typedef unsigned u32;
@@ -466,7 +464,6 @@ typedef long long i64;
   #define SYNC __syncthreads()
   #define V(x, d) ((x)[d][LANE])                  // all lanes of channel d of a float buffer
   #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
-  #define INTS(p) ((p)[LANE])                     // of what p points to
   #define INLINE static __device__ __forceinline__
   #define KERNEL extern "C" __global__ void __launch_bounds__(256)
   #define CONSTANT static __device__ const
@@ -545,7 +542,6 @@ typedef long long i64;
   #define RINT(x) __builtin_rintf(x)
   #define V(x, d) (*(vf *)(x)[d])
   #define Q(x, d) (*(vi *)(x)[d])
-  #define INTS(p) (*(vi *)(p))
   #define INLINE static inline __attribute__((always_inline))
   #define KERNEL void
   #define CONSTANT static const
@@ -913,15 +909,15 @@ typedef struct {
   int b[K / 4][LANES];                            // B of LANES columns, four pairs to a word
   int fsum[UNIT];                                 // row sums of fa, to take BIAS out again
   u32 k0[PAIRS], k1[PAIRS], h[PAIRS];
-  int z[UNIT][COLUMNS];
+  int z[UNIT][COLUMNS / LANES][LANES];
 } Update;
 
 // z += fa B of rows j to j+n, LANES columns from c
 INLINE void update_rows(Update *s, int c, int j, int n, int words) {
   vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = INTS(&s->z[j + i][c]) - BIAS * s->fsum[j + i];
+  UNROLL for (int i = 0; i < n; i++) acc[i] = Q(s->z[j + i], c / LANES) - BIAS * s->fsum[j + i];
   for (int k = 0; k < R; k++) dot_rows(acc, n, s->b + k * (PAIRS / 4), words, s->fa[j] + k * PAIRS, K);
-  UNROLL for (int i = 0; i < n; i++) INTS(&s->z[j + i][c]) = acc[i];
+  UNROLL for (int i = 0; i < n; i++) Q(s->z[j + i], c / LANES) = acc[i];
 }
 
 // Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
@@ -944,7 +940,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
     int o0 = UNITS[u].row, rows = !t.cols ? 1 : t.out - o0 < UNIT ? t.out - o0 : UNIT, cols = t.cols ? t.cols : t.out;
     int bword = t.cols ? t.word + (t.out + 31) / 32 : t.word;
-    for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
+    for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][0][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
       int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, words = (count + 3) / 4;
       SYNC;
@@ -982,7 +978,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     SYNC;
     for (int j = 0; j < rows; j++) {
       int at = t.at + (o0 + j) * cols;
-      move(weights + at, residuals + at, s->z[j], gain, cols);
+      move(weights + at, residuals + at, s->z[j][0], gain, cols);
     }
     SYNC;
   }
@@ -1496,8 +1492,12 @@ def bench(cfg: Config, es: ES, backend: NumpyBackend | KernelBackend) -> None:
     for label, (_, seconds) in runs.items():
         low, mid, high = (es.population * es.tokens / q for q in np.percentile(seconds, [75, 50, 25]))
         print(f"{label:28} {mid:12,.0f} tokens/s  [{low:,.0f} to {high:,.0f}]  {base / np.median(seconds):.3f} of inference")
-    if resource:
-        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MB")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(f"peak memory {peak:,.0f} MB")
 
 
 class Parser(argparse.ArgumentParser):
