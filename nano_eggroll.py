@@ -17,8 +17,8 @@ Three backends compute the same bits: `numpy` (read this one first), `c` (the ke
 compiler) and `cuda` (the same source, through CuPy). The method comes first; a double ruler says where it ends and the
 tool around it begins. This is not a framework: copy what you need.
 
-Shapes are written with one set of letters, in Python and in the kernel alike: P population (members), T tokens, D width,
-L layers, H heads, N head size, F width of the channel mix, V vocabulary, R rank.
+Shapes are written with one set of letters, in Python and in the kernel alike: P population (members), T tokens,
+D width, L layers, H heads, N head size, F width of the channel mix, V vocabulary, R rank.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 F32 = np.float32
 LORA = ("w", "a", "v", "g")  # RWKV-7's four low-rank MLPs: decay, in-context learning rate, value residual, gate
@@ -76,15 +77,16 @@ class Config:
         object.__setattr__(self, "lora", tuple(self.lora))
         limits = {"dim": (self.dim, 16384), "layers": (self.layers, 256), "vocab": (self.vocab, 65536),
                   "ffn": (self.ffn, 65536), "head size": (self.head_size, self.dim)}
-        limits.update({f"lora {n}": (size, 65536) for n, size in zip(LORA, self.lora, strict=True)})
+        limits |= {f"lora {n}": (size, 65536) for n, size in zip(LORA, self.lora, strict=True)}
         for name, (value, most) in limits.items():
-            # 65536 inputs x 255 (a biased activation) x 127 still fits the int32 accumulators; twice as many would not.
+            # 65536 inputs x 255 (a biased activation) x 127 fit the int32 accumulators; twice as many would not.
             if not 1 <= value <= most:
                 raise UserError(f"{name} {value} is out of range: choose 1 to {most}")
         if self.dim % self.head_size:
             raise UserError(f"head size {self.head_size} does not divide the width {self.dim}: choose a divisor of it")
-        if self.layers * (12 * self.dim + 2 * self.ffn) * self.dim + 2 * self.vocab * self.dim >= 2**31:  # int32 offsets
-            raise UserError(f"dim {self.dim} with {self.layers} layers is over 2^31 weights: choose fewer of one of them")
+        block = self.dim * (4 * self.dim + 2 * self.ffn + 2 * sum(self.lora) + 20)
+        if self.layers * block + 2 * self.vocab * self.dim >= 2**31:  # offsets are int32
+            raise UserError(f"dim {self.dim} with {self.layers} layers is over 2^31 weights: choose less of either")
 
     @cached_property
     def params(self) -> dict[str, Param]:
@@ -145,19 +147,19 @@ def words(entries: int) -> int:
 # Noise: a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix(x: ArrayLike) -> np.ndarray:
     """A bijective 32-bit hash, uint32 -> uint32 (the "lowbias32" constants of C. Wellons' hash prospector)."""
-    x = np.asarray(x, np.uint32)
+    h: np.ndarray = np.asarray(x, np.uint32)
     with np.errstate(over="ignore"):  # numpy warns of wrap-around in scalars, not in arrays
-        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+        h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
+        h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
+    return h ^ (h >> 16)
 
 
 def pair_keys(seed: int, step: int, pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The two 32-bit keys of each pair's noise stream; pair: integers [n] -> uint32 [n], uint32 [n]."""
-    seed, step, pair = (np.asarray(v).astype(np.uint32) for v in (seed, step, pair))
-    return mix(mix(mix(seed) + step) + pair), mix(mix(mix(~seed) + pair) + step)
+    s, t, p = (np.asarray(v).astype(np.uint32) for v in (seed, step, pair))
+    return mix(mix(mix(s) + t) + p), mix(mix(mix(~s) + p) + t)
 
 
 def noise_words(keys: tuple[np.ndarray, np.ndarray], word: np.ndarray) -> np.ndarray:
@@ -165,7 +167,7 @@ def noise_words(keys: tuple[np.ndarray, np.ndarray], word: np.ndarray) -> np.nda
     return mix(mix(np.asarray(word).astype(np.uint32) + keys[0][:, None]) ^ keys[1][:, None])
 
 
-def noise(keys: tuple[np.ndarray, np.ndarray], first_word: int, entries: int) -> np.ndarray:
+def signs(keys: tuple[np.ndarray, np.ndarray], first_word: int, entries: int) -> np.ndarray:
     """+-1 entries of n pairs, starting at a word of their streams -> int8 [n, entries]."""
     h = noise_words(keys, first_word + np.arange(words(entries)))
     bit = (h[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
@@ -175,10 +177,10 @@ def noise(keys: tuple[np.ndarray, np.ndarray], first_word: int, entries: int) ->
 def factors(cfg: Config, p: Param, keys: tuple[np.ndarray, np.ndarray], rank: int) -> tuple[np.ndarray, np.ndarray]:
     """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1."""
     at = [p.word + k * cfg.sizes[2] for k in range(rank)]  # the k-th column has its own stretch of the stream
-    A = np.stack([noise(keys, w, p.out) for w in at], 1)
+    A = np.stack([signs(keys, w, p.out) for w in at], 1)
     if not p.cols:
         return A, np.ones((len(A), rank, 1), np.int8)
-    return A, np.stack([noise(keys, w + words(p.out), p.cols) for w in at], 1)
+    return A, np.stack([signs(keys, w + words(p.out), p.cols) for w in at], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ class Model:
 
 
 def new_model(cfg: Config, seed: int) -> Model:
-    """Initial weights: every block starts as the identity (output, ffn.value, w1, a1, v1 are zero) and the head is zero.
+    """Initial weights: every block is the identity (output, ffn.value, w1, a1, v1 are zero) and the head is zero.
 
     Matrices are N(0, 16) rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x keeps the size of x. Vectors
     follow the official RWKV-7 formulas. The normal deviate is the sum of four bytes of the noise hash (Irwin-Hall): no
@@ -227,7 +229,7 @@ def new_model(cfg: Config, seed: int) -> Model:
             m.scales(name)[:] = 1 / 16 if part == "emb.weight" else 1 / (16 * math.sqrt(p.cols))
             if part in ("head.weight", "att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1"):
                 continue
-            h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))
+            h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))  # p.size uncorrelated words
             total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510
             m.weight(name)[:] = np.rint(total * (16 / math.sqrt((256**2 - 1) / 3))).reshape(p.out, p.cols)
             continue
@@ -344,6 +346,7 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
 
     def low_rank(name: str) -> tuple[np.ndarray, np.ndarray]:
         """C A [P, R, out] and B [P, R, cols] as float32."""
+        assert noise
         A, B = factors(cfg, cfg.params[name], noise.keys, noise.rank)
         return noise.c[:, None, None] * A.astype(F32), B.astype(F32)
 
@@ -377,7 +380,8 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
         last[:] = x[:, -1]
         return before
 
-    def time_mix(n: str, x: np.ndarray, last: np.ndarray, S: np.ndarray, v_first: np.ndarray | None) -> np.ndarray:
+    def time_mix(n: str, x: np.ndarray, last: np.ndarray, S: np.ndarray,
+                 v_first: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         xx = shifted(x, last) - x
         xr, xw, xk, xv, xa, xg = (x + xx * vec(f"{n}.x_{i}") for i in "rwkvag")
         r = linear(f"{n}.receptance.weight", xr)
@@ -439,8 +443,8 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel: the same pass for any C compiler and for CUDA, one member per task. A lane is a token: `vf` and `vi` hold
 # one number for each of LANES tokens (a SIMD register on a CPU, a register of each thread of a warp on a GPU) and a
-# buffer is [channel][LANES], so the code reads like scalar code and nothing but the recurrence looks across lanes. There,
-# where tokens must follow each other, a lane is a value channel of a head. What differs between machines comes first.
+# buffer is [channel][LANES], so the code reads like scalar code and nothing but the recurrence looks across lanes.
+# There, where tokens must follow each other, a lane is a value channel of a head. First, what differs between machines.
 
 MACHINE = r"""
 typedef unsigned u32;
@@ -566,6 +570,8 @@ KERNEL = r"""
 #define H (D / N)
 #define STATE (D * (2 + N))                       // of a layer: two token shifts and S^T of every head
 #define TOKENS(buffer) float buffer[LANES]
+#define WORDS_OF(n) (((n) + 31) / 32)             // noise words for n entries
+#define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a factor starts, given its first word
 typedef float (*buf)[LANES];
 
 // ---- arithmetic: the functions of the same names in Python, operation by operation
@@ -627,8 +633,8 @@ typedef struct {                                  // what one task needs; reused
   int q[(WIDEST > LORA ? WIDEST : LORA) / 4 + 1][LANES];  // quantised inputs of a product, four channels to a word
   float state[L * STATE];
   float vec[VECTORS];                             // the member's own vector parameters
-  i8 noise[32 * R * WORDS];                       // of the whole model; column k of tensor t is at 32 (k WORDS + t.word)
-  int minus[32 * R * WORDS];                      // its sign bits: x ^ minus is x times the noise
+  i8 noise[COLUMN(R, 0)];                         // +-1, for the whole model: A of tensor t at its t.word, then B
+  int minus[COLUMN(R, 0)];                        // its sign bits: x ^ minus is x times the noise
   int bsum[TENSORS][R];                           // sums of the entries of each B, to take BIAS out again
   int pair;                                       // whose noise this is
 } Member;
@@ -649,7 +655,7 @@ INLINE int load4(const i8 *w, int cols) {         // four neighbours in a row of
 #endif
 }
 
-// q = x of n channels in int8, absmax 127; returns the scale. Padding channels are 0, so what they meet does not matter.
+// q = x of n channels in int8, absmax 127; returns the scale. Padding is 0, so what it meets does not matter.
 INLINE vf quantise(int (*q)[LANES], buf x, int n) {
   SYNC;
   REDUCE(vmax, 1e-30f, top, d, n, vabs(V(x, d)))
@@ -678,18 +684,18 @@ INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, in
   UNROLL for (int j = 0; j < n; j++) acc[j] = ZERO + m->bias[t.row + o + j];
   dot_rows(acc, n, m->s->q, (cols + 3) / 4, m->w + t.at + o * cols, cols);
   const float *scale = m->scale + t.row + o;
-  const int *minus = m->s->minus + 32 * t.word + o;
+  const int *minus = m->s->minus + COLUMN(0, t.word) + o;
   vf z[ROWS];
   UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
   if (m->rank) UNROLL for (int k = 0; k < R; k++)
-    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus[32 * k * WORDS + j]);
+    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus[COLUMN(k, 0) + j]);
   UNROLL for (int j = 0; j < n; j++) V(y, o + j) = z[j] * scale[j] * sx;
 }
 
 INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int i, int out, int cols) {
   vf xb[R];
-  if (m->rank) UNROLL for (int k = 0; k < R; k++) {  // x B: four sums, so that the products need not wait for each other
-    const i8 *b = m->s->noise + 32 * (k * WORDS + t.word + (out + 31) / 32);
+  if (m->rank) UNROLL for (int k = 0; k < R; k++) {  // x B: four sums, so that products need not wait for each other
+    const i8 *b = m->s->noise + COLUMN(k, t.word + WORDS_OF(out));
     vi p[4] = {ZERO, ZERO, ZERO, ZERO};
     for (int w0 = 0; w0 < (cols + 3) / 4; w0 += 4) UNROLL for (int w = w0; w < w0 + 4; w++)
       if (w < (cols + 3) / 4) p[w - w0] = dot4(p[w - w0], Q(m->s->q, w), load4(b + 4 * w, 4));
@@ -731,12 +737,11 @@ INLINE void recurrence(Member *s, float *S, int tokens) {
     vf z[N];
     for (int j = 0; j < N; j++) FOR_LANE(i) AT(z[j], i) = i0 + i < N ? S[(c + j) * N + i0 + i] : 0;
     for (int t = 0; t < tokens; t++) {
-      vf v, y;
+      vf v;
       FOR_LANE(i) AT(v, i) = i0 + i < N ? s->v[c + i0 + i][t] : 0;
       SUM(minus_sa, j, N, z[j] * s->kk[c + j][t])
       vf sa = -minus_sa;
-      SUM(y_, j, N, (z[j] = z[j] * s->w[c + j][t] + sa * s->a[c + j][t] + v * s->k[c + j][t]) * s->r[c + j][t])
-      y = y_;
+      SUM(y, j, N, (z[j] = z[j] * s->w[c + j][t] + sa * s->a[c + j][t] + v * s->k[c + j][t]) * s->r[c + j][t])
       FOR_LANE(i) if (i0 + i < N) s->y[c + i0 + i][t] = AT(y, i);
     }
     for (int j = 0; j < N; j++) FOR_LANE(i) if (i0 + i < N) S[(c + j) * N + i0 + i] = AT(z[j], i);
@@ -840,19 +845,20 @@ INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
     Tensor t = TABLE[i];
     if (!t.cols) FLAT(o, t.out) {
       float q = m->w[t.at + o];
-      if (m->rank) for (int k = 0; k < R; k++) q = q + s->noise[32 * (k * WORDS + t.word) + o] * m->c;
+      if (m->rank) for (int k = 0; k < R; k++) q = q + s->noise[COLUMN(k, t.word) + o] * m->c;
       s->vec[t.vec + o] = q * m->scale[t.row + o];
     } else if (BIAS && m->rank) FLAT(k, R) {
       int sum = 0;
-      for (int d = 0; d < t.cols; d++) sum += s->noise[32 * (k * WORDS + t.word + (t.out + 31) / 32) + d];
+      for (int d = 0; d < t.cols; d++) sum += s->noise[COLUMN(k, t.word + WORDS_OF(t.out)) + d];
       s->bsum[i][k] = sum;
     }
   }
   SYNC;
 }
 
-// Runs members first to last over T tokens: member m reads text[start[m]...], and adds what it costs to predict each next
-// token to score[m], in 1/4096 bit. state (float [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null.
+// Runs members first to last over T tokens: member m reads text[start[m]...], and adds what it costs to predict each
+// next token to score[m], in 1/4096 bit. state (float [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may
+// be null.
 KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned short *text, const i64 *start, int T,
              u32 seed, u32 step, float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
   SCRATCH(Member);
@@ -865,14 +871,14 @@ KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned sh
     FLAT(i, L * STATE) s->state[i] = carried ? carried[i] : 0;
     SYNC;
     for (int t0 = 0; t0 < T; t0 += LANES) {
-      int tokens = T - t0 < LANES ? T - t0 : LANES, i = EMB_WEIGHT;
+      int tokens = T - t0 < LANES ? T - t0 : LANES;
       const unsigned short *in = text + start[member] + t0;
-      Tensor e = TABLE[i];
+      Tensor e = TABLE[EMB_WEIGHT];
       TABLET(t, d, D) {
         int token = in[t < tokens ? t : 0];
         float z = w[e.at + token * D + d];
         if (m->rank) for (int k = 0; k < R; k++)
-          z = z + s->noise[32 * (k * WORDS + e.word) + token] * m->c * s->noise[32 * (k * WORDS + e.word + (VOCAB + 31) / 32) + d];
+          z = z + s->noise[COLUMN(k, e.word) + token] * m->c * s->noise[COLUMN(k, e.word + WORDS_OF(VOCAB)) + d];
         s->x[d][t] = z * scale[e.row + token];
       }
       SYNC;
@@ -902,7 +908,7 @@ KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned sh
 // ---- the update: Z = sum_i f_i A_i B_i^T, UNIT rows of a tensor at a time; here a lane is a column of Z
 
 #define PAIRS 256                                 // pairs whose noise is held at once
-#define K (R * PAIRS)                             // inner dimension of one product; column k of pair p is at k PAIRS + p
+#define K (R * PAIRS)                             // inner dimension of a product: column k of pair p is k PAIRS + p
 
 typedef struct {
   i8 fa[UNIT][K];                                 // f A^T
@@ -939,7 +945,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     Tensor t = TABLE[UNITS[u].tensor];
     // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
     int o0 = UNITS[u].row, rows = !t.cols ? 1 : t.out - o0 < UNIT ? t.out - o0 : UNIT, cols = t.cols ? t.cols : t.out;
-    int bword = t.cols ? t.word + (t.out + 31) / 32 : t.word;
+    int bword = t.cols ? t.word + WORDS_OF(t.out) : t.word;
     for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][0][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
       int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, words = (count + 3) / 4;
@@ -967,7 +973,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
           EACH(q, words) FOR_LANE(l) {
             const u32 *h = s->h + 4 * q;
             u32 bits = (h[0] >> l & 1) | (h[1] >> l & 1) << 8 | (h[2] >> l & 1) << 16 | (h[3] >> l & 1) << 24;
-            s->b[k * (PAIRS / 4) + q][l] = ~(bits * 0xFE) ^ BIAS * 0x01010101u;  // a byte 0 becomes -1, a byte 1 becomes 1
+            s->b[k * (PAIRS / 4) + q][l] = ~(bits * 0xFE) ^ BIAS * 0x01010101u;  // bytes 0 and 1 become -1 and 1
           }
         }
         SYNC;
@@ -1012,18 +1018,19 @@ def kernel_source(cfg: Config, rank: int) -> str:
         if p:
             vec += 0 if p.cols else p.out
             units += [(i, row) for row in range(0, p.out if p.cols else 1, UNIT)]
-    constants = {
+    constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
         "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "VECTORS": vec, "KINDS": len(kinds),
         "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
-    } | {f"LORA_{n.upper()}": size for n, size in zip(LORA, cfg.lora, strict=True)}
+    }
+    constants |= {f"LORA_{n.upper()}": size for n, size in zip(LORA, cfg.lora, strict=True)}
     constants |= {f"EXP2_{i}": f"{float(c)!r}f" for i, c in enumerate(EXP2)}
     constants |= {f"LOG2_{i}": f"{float(c)!r}f" for i, c in enumerate(LOG2)}
 
     def enum(items: list[str]) -> str:
         return "enum { " + ", ".join(n.upper().replace(".", "_") for n in items) + " };\n"
 
-    def array(kind: str, items: list[tuple[int, ...]]) -> str:
+    def array(kind: str, items: Sequence[tuple[int, ...]]) -> str:
         return f"CONSTANT {kind}[] = {{ {', '.join('{' + ', '.join(map(str, i)) + '}' for i in items)} }};\n"
 
     shape = "".join(f"#define {k} {v}\n" for k, v in constants.items()) + enum([*globals_, "globals"]) + enum(kinds)
@@ -1048,9 +1055,9 @@ class NumpyBackend:
               state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
         """Cost of T tokens for each of P members, in 1/4096 bit: int32 [P]; the fitness is its negative.
 
-        text: uint16 tokens; start: int64 [P], member m reads text[start[m]:] and must predict what follows each of its T
-        tokens; noise: (seed, step, sigma), sigma 0 for the model itself. state (see `zero_state`) is carried on when given,
-        logits (float32 [P, T, V]) filled.
+        text: uint16 tokens; start: int64 [P], member m reads text[start[m]:] and must predict what follows each of its
+        T tokens; noise: (seed, step, sigma), sigma 0 for the model itself. state (see `zero_state`) is carried on when
+        given, logits (float32 [P, T, V]) filled.
         """
         seed, step, sigma = noise
         cost = np.empty(len(start), np.int32)
@@ -1102,7 +1109,7 @@ class KernelBackend:
         self.launch("biases", self.tensors, (model.q, self.bias), [self.bias])
         self.launch("score", len(start), (
             model.q, model.scale, self.bias, text, start, np.int32(tokens), np.uint32(seed), np.uint32(step),
-            F32(sigma / math.sqrt(self.rank)), cost, state, logits), [a for a in (cost, state, logits) if a is not None])
+            F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
@@ -1111,6 +1118,9 @@ class KernelBackend:
         self.launch("update", self.units, (
             model.q, model.residual, padded, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
+
+
+Backend = NumpyBackend | KernelBackend
 
 
 def cores() -> int:
@@ -1137,7 +1147,7 @@ def compile_c(source: str, flags: str) -> Path:
     """Compile the kernel to a shared library and return its path; raises UserError without a working compiler."""
     found = [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)]
     if not found:
-        raise UserError("no C compiler found: install gcc or clang (Debian: apt install gcc, macOS: xcode-select --install)")
+        raise UserError("no C compiler found: install gcc or clang (apt install gcc, xcode-select --install)")
     command = [found[0], "-x", "c", *flags.split(), "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno"]
     # What the compiler predefines tells its version and the CPU's features: the key of the cache with the source.
     macros = subprocess.run([*command, "-dM", "-E", os.devnull], check=False, capture_output=True, text=True)
@@ -1191,9 +1201,9 @@ def cuda_launcher(source: str) -> Callable[..., None]:
     module.get_function("scratch_bytes")((1,), (1,), (size,))
     grid = 4 * cupy.cuda.Device().attributes["MultiProcessorCount"]
     scratch = cupy.empty(grid * int(size.get().max()), np.uint8)
-    kept: dict[int, tuple[np.ndarray, object]] = {}
+    kept: dict[int, tuple[np.ndarray, Any]] = {}
 
-    def put(a: object) -> object:
+    def put(a: object) -> Any:
         if not isinstance(a, np.ndarray):
             return np.uintp(0) if a is None else a
         if a.flags.writeable:
@@ -1206,13 +1216,13 @@ def cuda_launcher(source: str) -> Callable[..., None]:
         device = [put(a) for a in args]
         module.get_function(name)((min(grid, tasks),), (256,), (*device, np.int32(0), np.int32(tasks), scratch))
         for host, there in zip(args, device, strict=True):
-            if any(host is o for o in out):
+            if host is not None and any(host is o for o in out):
                 host[...] = there.get()
 
     return launch
 
 
-# Every operation rounds once, as in numpy and C: no fused multiply-add, no flushing of denormals, exact division and root.
+# Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
 CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 
 
@@ -1229,19 +1239,29 @@ class ES:
     tokens: int = 32  # T, read by each member in a step
     steps: int = 100
     sigma: float = 1.0  # of a perturbation's entries, in int8 steps
-    lr: float = 1.0  # in int8 steps: a weight that sees only noise moves by a normal deviate of this size, falls to 0
+    lr: float = 0.0  # in int8 steps; 0 chooses it from the number of steps, see `rate`
     seed: int = 0
 
     def __post_init__(self) -> None:
         # 127 pairs x rank must fit int32 in Z, and T losses of 63 bits in a score
-        limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127, "lr": 127}
+        limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127}
         for name, most in limits.items():
             if not 0 < getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is out of range: choose more than 0, at most {most}")
+        if not 0 <= self.lr <= 127:
+            raise UserError(f"--lr {self.lr} is out of range: choose 0 to 127")
         if self.population % 2:
             raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} is out of range: choose 0 to {2**32 - 1}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: lr, falling linearly to 0.
+
+        A weight that sees only noise moves by a normal deviate of this size (in int8 steps), so it ends about
+        lr sqrt(steps / 3) from its start. The default makes that 16, and is at most 1.5.
+        """
+        return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * (1 - step / self.steps)
 
 
 def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
@@ -1251,16 +1271,16 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
-    """Differences within the pairs -> int8 fitness: d / RMS(d), clipped to +-3, in steps of 3/127; int [n] -> int8 [n]."""
+    """Differences within pairs, int [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
     rms = math.sqrt(math.fsum((d.astype(float) ** 2).tolist()) / len(d))  # fsum: exact, so the same everywhere
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
-def es_step(model: Model, backend: NumpyBackend | KernelBackend, text: np.ndarray, es: ES) -> float:
+def es_step(model: Model, backend: Backend, text: np.ndarray, es: ES) -> float:
     """One step of EGGROLL (algorithm 1 of the paper): changes the model, returns the population's mean bits per token.
 
-    text: uint16 [n], n > T. The update is Z = sum_i f_i A_i B_i^T over the pairs; Z / (|f| sqrt(R)) has unit variance where
-    there is no signal, so lr is the size of a step in units of int8 steps. It falls linearly to 0 over the run.
+    text: uint16 [n], n > T. The update is Z = sum_i f_i A_i B_i^T over the pairs; Z / (|f| sqrt(R)) has unit variance
+    where there is no signal, so the learning rate is the size of a move in int8 steps.
     """
     pairs = np.arange(es.population // 2)
     start = np.repeat(segments(text, es.tokens, es.seed, model.step, pairs), 2)
@@ -1268,8 +1288,7 @@ def es_step(model: Model, backend: NumpyBackend | KernelBackend, text: np.ndarra
     f = shape_fitness(cost[1::2] - cost[::2])
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
     if norm:
-        lr = es.lr * (1 - model.step / es.steps)
-        backend.update(model, f, es.seed, model.step, lr * 2**15 / norm)
+        backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
     model.step += 1
     return float(cost.mean(dtype=np.float64)) / (BITS * es.tokens)
 
@@ -1288,8 +1307,8 @@ def load_text(path: Path, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a text file with --data") from None
     cut = len(data) * 9 // 10
     if len(data) - cut <= tokens:
-        raise UserError(f"{path} has {len(data)} bytes, too short for --tokens {tokens}: its last 10% must be longer than "
-                        f"that; use at least {10 * tokens + 10} bytes or fewer tokens")
+        raise UserError(f"{path} has {len(data)} bytes, too short for --tokens {tokens}, which its last 10% must hold: "
+                        f"use at least {10 * tokens + 10} bytes or fewer tokens")
     data.setflags(write=False)
     return data[:cut], data[cut:]
 
@@ -1319,7 +1338,7 @@ def save_model(model: Model, path: Path) -> None:
     arrays = {"q": model.q, "scale": model.scale, "residual": model.residual, "meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "wb") as f:
-        np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))
+        np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
@@ -1338,14 +1357,15 @@ def load_model(path: Path) -> Model:
         if digest(arrays) != arrays["check"].tobytes():
             raise ValueError("its checksum is wrong")
         meta = json.loads(arrays["meta"].tobytes())
-        return Model(Config(**meta["config"]), arrays["q"], arrays["scale"], arrays["residual"], meta["step"], meta["extra"])
+        cfg, (q, scale, residual) = Config(**meta["config"]), (arrays[k] for k in ("q", "scale", "residual"))
+        return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
     except FileNotFoundError:
         raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
-    except Exception as e:  # a damaged zip file can raise almost anything
+    except Exception as e:  # noqa: BLE001 (a damaged zip file can raise almost anything)
         raise UserError(f"{path} is not a whole model.npz ({e}): use another copy or train again") from None
 
 
-def evaluate(model: Model, backend: NumpyBackend | KernelBackend, text: np.ndarray, tokens: int) -> float:
+def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int) -> float:
     """Bits per token of a text, in segments of T tokens, each from state zero."""
     whole = np.arange(0, len(text) - tokens, tokens)
     rest = (len(text) - 1) % tokens
@@ -1355,16 +1375,18 @@ def evaluate(model: Model, backend: NumpyBackend | KernelBackend, text: np.ndarr
     return total / (BITS * (len(text) - 1))
 
 
-def generate(model: Model, backend: NumpyBackend | KernelBackend, prompt: bytes, length: int, seed: int,
+def generate(model: Model, backend: Backend, prompt: bytes, length: int, seed: int,
              temperature: float = 0.7) -> Iterator[bytes]:
     """The model's continuation of a prompt, byte by byte."""
     state, read = zero_state(model.cfg, 1), np.frombuffer(prompt or b"\n", np.uint8).astype(np.uint16)
     for i in range(length):
         logits = np.zeros((1, len(read), model.cfg.vocab), F32)
-        backend.score(model, np.append(read, np.uint16(0)), np.zeros(1, np.int64), len(read), (0, 0, 0.0), state, logits)
-        last = logits[0, -1].astype(F32)
-        p = np.cumsum(exp2((last - last.max()) * (LOG2E / F32(temperature))).astype(float))
-        token = int(np.searchsorted(p, p[-1] * int(mix(mix(seed) + np.uint32(i))) / 2**32, side="right"))
+        text = np.append(read, np.uint16(0))  # what comes next is not known, and its cost not asked for
+        backend.score(model, text, np.zeros(1, np.int64), len(read), (0, 0, 0.0), state, logits)
+        last = logits[0, -1] - logits[0, -1].max()
+        p = np.cumsum(exp2(last * (LOG2E / F32(temperature))).astype(float))
+        uniform = int(mix(mix(seed) + np.uint32(i))) / 2**32
+        token = int((p <= p[-1] * uniform).sum())
         yield bytes([token])
         read = np.array([token], np.uint16)
 
@@ -1377,11 +1399,11 @@ def cuda_device() -> str:
         return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     except ImportError:
         raise UserError("--backend cuda needs CuPy: pip install cupy-cuda12x, or use --backend c") from None
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
         raise UserError(f"--backend cuda found no working GPU ({str(e).splitlines()[0]}): use --backend c") from None
 
 
-def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> NumpyBackend | KernelBackend:
+def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> Backend:
     """The named backend, or the fastest that works here: cuda, c, numpy."""
     threads = threads or cores()
     if name is None:
@@ -1427,7 +1449,7 @@ def plot(out: Path, marks: dict[str, float]) -> None:
     print(f"curve {out / 'curve.png'}")
 
 
-def train(model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> None:
+def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> None:
     """Train from model.step to es.steps; log.csv and model.npz go to `out`, also after Ctrl-C."""
     every = max(1, es.steps // 20)  # steps between validations
     stop: list[int] = []
@@ -1446,12 +1468,13 @@ def train(model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.
             validate = model.step % every == 0 or model.step == es.steps
             if validate:
                 val_bits, mean = evaluate(model, backend, val, es.tokens), sum(costs) / len(costs)
-                log.write(f"{model.step},{now - began:.2f},{model.step * per_step},{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
+                log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
+                          f"{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
             if validate or (live and now - shown > 0.2):
                 shown = now
                 left = (es.steps - model.step) * per_step / speed
-                line = (f"step {model.step}/{es.steps}  train {sum(costs) / len(costs):.3f}  validation {val_bits:.3f} bits/byte"
-                        f"  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
+                line = (f"step {model.step}/{es.steps}  train {sum(costs) / len(costs):.3f}  validation {val_bits:.3f} "
+                        f"bits/byte  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
                 print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
             if validate:
                 costs = []
@@ -1461,14 +1484,14 @@ def train(model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.
         print()
     save_model(model, out / "model.npz")
     if stop:
-        raise UserError(f"stopped at step {model.step} of {es.steps}, nothing is lost: add --resume --out {out} to go on")
+        raise UserError(f"stopped at step {model.step} of {es.steps} and saved: to go on, use --resume --out {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def bench(cfg: Config, es: ES, backend: NumpyBackend | KernelBackend) -> None:
+def bench(cfg: Config, es: ES, backend: Backend) -> None:
     """Print tokens/s of inference, of the perturbed pass and of the whole step, side by side: medians and quartiles."""
     model, text = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab)
     text.setflags(write=False)
@@ -1491,7 +1514,8 @@ def bench(cfg: Config, es: ES, backend: NumpyBackend | KernelBackend) -> None:
     base = np.median(runs["inference (no perturbation)"][1])
     for label, (_, seconds) in runs.items():
         low, mid, high = (es.population * es.tokens / q for q in np.percentile(seconds, [75, 50, 25]))
-        print(f"{label:28} {mid:12,.0f} tokens/s  [{low:,.0f} to {high:,.0f}]  {base / np.median(seconds):.3f} of inference")
+        ratio = base / np.median(seconds)
+        print(f"{label:28} {mid:12,.0f} tokens/s  [{low:,.0f} to {high:,.0f}]  {ratio:.3f} of inference")
     try:
         import resource
     except ImportError:  # Windows
@@ -1511,7 +1535,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; options that were not given are None."""
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", type=Path, help="text to train on, as bytes; the last 10%% is for validation (data/tales.txt)")
+    p.add_argument("--data", type=Path, help="text, as bytes; the last 10%% is for validation (data/tales.txt)")
     p.add_argument("--out", type=Path, help="folder for model.npz and log.csv (out, or out-2, ... where that is taken)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz")
@@ -1523,7 +1547,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="N", help=f"{HELP[name]} ({value})")
     p.add_argument("--minutes", type=float, metavar="N", help="choose --steps so that training takes about this long")
     p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
-    p.add_argument("--eval", action="store_true", help="bits/byte of the model of --load on the validation part of --data")
+    p.add_argument("--eval", action="store_true", help="bits/byte of the model of --load on the last 10%% of --data")
     p.add_argument("--bench", action="store_true", help="measure this machine")
     p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
     return p.parse_args(argv)
@@ -1533,8 +1557,9 @@ DATA = Path(__file__).parent / "data" / "tales.txt"
 SHAPE = ("dim", "layers", "head_size")
 HELP = {
     "dim": "width D", "layers": "number of layers", "head_size": "width of a head, a divisor of --dim",
-    "population": "members, an even number", "rank": "rank of the perturbations, 1 to 8", "tokens": "length of a segment",
-    "steps": "updates", "sigma": "size of the perturbations, in int8 steps", "lr": "learning rate, in int8 steps",
+    "population": "members, an even number", "rank": "rank of the perturbations, 1 to 8",
+    "tokens": "length of a segment", "steps": "updates", "sigma": "size of the perturbations, in int8 steps",
+    "lr": "learning rate, in int8 steps; 0: from --steps",
     "seed": "of weights, noise and order of the text",
 }
 
@@ -1546,7 +1571,7 @@ def prepare_out(out: Path | None) -> Path:
         if not (path / "model.npz").exists():
             break
     else:
-        raise UserError(f"{names[0]}/model.npz exists and would be lost: give another --out, or add --resume to go on with it")
+        raise UserError(f"{names[0]}/model.npz exists and would be lost: give another --out, or add --resume to go on")
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "log.csv").unlink(missing_ok=True)  # of a run that never saved a model
@@ -1556,7 +1581,7 @@ def prepare_out(out: Path | None) -> Path:
     return path
 
 
-def steps_for(minutes: float, model: Model, backend: NumpyBackend | KernelBackend, es: ES, text: np.ndarray) -> int:
+def steps_for(minutes: float, model: Model, backend: Backend, es: ES, text: np.ndarray) -> int:
     """How many steps take this long here, from a few steps of a copy."""
     trial = replace(model, q=model.q.copy(), residual=model.residual.copy())
     es_step(trial, backend, text, replace(es, steps=2**31))  # warms up
@@ -1621,7 +1646,7 @@ def run(a: argparse.Namespace) -> None:
     return None
 
 
-def write_sample(model: Model, backend: NumpyBackend | KernelBackend, prompt: str, seed: int) -> None:
+def write_sample(model: Model, backend: Backend, prompt: str, seed: int) -> None:
     """Print a prompt and its continuation, as it comes."""
     print("--- sample\n" + prompt, end="")
     for byte in generate(model, backend, prompt.encode(), 400, seed):
