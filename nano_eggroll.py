@@ -573,6 +573,7 @@ KERNEL = r"""
 #define WORDS_OF(n) (((n) + 31) / 32)             // noise words for n entries
 #define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a factor starts, given its first word
 typedef float (*buf)[LANES];
+typedef int (*block)[LANES];
 
 // ---- arithmetic: the functions of the same names in Python, operation by operation
 
@@ -656,7 +657,7 @@ INLINE int load4(const i8 *w, int cols) {         // four neighbours in a row of
 }
 
 // q = x of n channels in int8, absmax 127; returns the scale. Padding is 0, so what it meets does not matter.
-INLINE vf quantise(int (*q)[LANES], buf x, int n) {
+INLINE vf quantise(block q, buf x, int n) {
   SYNC;
   REDUCE(vmax, 1e-30f, top, d, n, vabs(V(x, d)))
   vf inv = 127.0f / top;
@@ -671,7 +672,7 @@ INLINE vf quantise(int (*q)[LANES], buf x, int n) {
 }
 
 // acc[j] += the products of `words` words of q with row j of w, j < n
-INLINE void dot_rows(vi *acc, int n, int (*q)[LANES], int words, const i8 *w, int cols) {
+INLINE void dot_rows(vi *acc, int n, block q, int words, const i8 *w, int cols) {
   for (int k = 0; k < words; k++) {
     vi x = Q(q, k);
     UNROLL for (int j = 0; j < n; j++) acc[j] = dot4(acc[j], x, load4(w + j * cols + 4 * k, cols));
@@ -915,15 +916,15 @@ typedef struct {
   int b[K / 4][LANES];                            // B of LANES columns, four pairs to a word
   int fsum[UNIT];                                 // row sums of fa, to take BIAS out again
   u32 k0[PAIRS], k1[PAIRS], h[PAIRS];
-  int z[UNIT][COLUMNS / LANES][LANES];
+  int z[UNIT][COLUMNS];
 } Update;
 
 // z += fa B of rows j to j+n, LANES columns from c
 INLINE void update_rows(Update *s, int c, int j, int n, int words) {
   vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = Q(s->z[j + i], c / LANES) - BIAS * s->fsum[j + i];
+  UNROLL for (int i = 0; i < n; i++) acc[i] = Q((block)s->z[j + i], c / LANES) - BIAS * s->fsum[j + i];
   for (int k = 0; k < R; k++) dot_rows(acc, n, s->b + k * (PAIRS / 4), words, s->fa[j] + k * PAIRS, K);
-  UNROLL for (int i = 0; i < n; i++) Q(s->z[j + i], c / LANES) = acc[i];
+  UNROLL for (int i = 0; i < n; i++) Q((block)s->z[j + i], c / LANES) = acc[i];
 }
 
 // Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
@@ -946,7 +947,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
     int o0 = UNITS[u].row, rows = !t.cols ? 1 : t.out - o0 < UNIT ? t.out - o0 : UNIT, cols = t.cols ? t.cols : t.out;
     int bword = t.cols ? t.word + WORDS_OF(t.out) : t.word;
-    for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][0][i] = 0;
+    for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
       int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, words = (count + 3) / 4;
       SYNC;
@@ -984,7 +985,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     SYNC;
     for (int j = 0; j < rows; j++) {
       int at = t.at + (o0 + j) * cols;
-      move(weights + at, residuals + at, s->z[j][0], gain, cols);
+      move(weights + at, residuals + at, s->z[j], gain, cols);
     }
     SYNC;
   }
