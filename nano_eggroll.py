@@ -32,6 +32,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import queue
 import shutil
 import signal
@@ -1144,6 +1145,9 @@ def cache_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix="nano_eggroll_"))
 
 
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+
+
 def compile_c(source: str, flags: str) -> Path:
     """Compile the kernel to a shared library and return its path; raises UserError without a working compiler."""
     found = [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)]
@@ -1165,7 +1169,7 @@ def compile_c(source: str, flags: str) -> Path:
     return path
 
 
-def c_launcher(source: str, threads: int, flags: str = "-march=native") -> Callable[..., None]:
+def c_launcher(source: str, threads: int, flags: str = NATIVE) -> Callable[..., None]:
     """launch(kernel, tasks, args, out) on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
     lib = ctypes.CDLL(str(compile_c(source, flags)))
     types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
@@ -1333,10 +1337,13 @@ def yardsticks(path: Path, train: np.ndarray, val: np.ndarray) -> dict[str, floa
     return found
 
 
+STATE = ("q", "scale", "residual")  # a model's arrays
+
+
 def save_model(model: Model, path: Path) -> None:
     """Write model.npz (plain numpy arrays) whole or not at all."""
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
-    arrays = {"q": model.q, "scale": model.scale, "residual": model.residual, "meta": np.frombuffer(meta, np.uint8)}
+    arrays = {k: getattr(model, k) for k in STATE} | {"meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "wb") as f:
         np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
@@ -1347,19 +1354,24 @@ def save_model(model: Model, path: Path) -> None:
 
 def digest(arrays: dict[str, np.ndarray]) -> bytes:
     """SHA-256 of a saved model's arrays."""
-    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in ("q", "scale", "residual", "meta"))).digest()
+    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in (*STATE, "meta"))).digest()
 
 
 def load_model(path: Path) -> Model:
     """Read model.npz; raises UserError unless every byte is as it was written."""
     try:
         with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in ("q", "scale", "residual", "meta", "check")}
+            arrays = {k: z[k] for k in (*STATE, "meta", "check")}
         if digest(arrays) != arrays["check"].tobytes():
             raise ValueError("its checksum is wrong")
         meta = json.loads(arrays["meta"].tobytes())
-        cfg, (q, scale, residual) = Config(**meta["config"]), (arrays[k] for k in ("q", "scale", "residual"))
-        return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
+        q, scale, residual = (arrays[k] for k in STATE)
+        m = Model(Config(**meta["config"]), q, scale, residual, meta["step"], meta["extra"])
+        size, rows, _ = m.cfg.sizes
+        if [(a.dtype, a.shape) for a in (m.q, m.scale, m.residual)] != [
+                (np.int8, (size,)), (np.float32, (rows,)), (np.int16, (size,))]:
+            raise ValueError("its arrays do not fit its configuration")
+        return m
     except FileNotFoundError:
         raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
     except Exception as e:  # noqa: BLE001 (a damaged zip file can raise almost anything)
@@ -1605,6 +1617,8 @@ def run(a: argparse.Namespace) -> None:
         if not out or given or shape or a.load or a.data:
             raise UserError("--resume goes with --out, and the settings are the run's own: leave the others out")
         model = load_model(out / "model.npz")
+        if "es" not in model.extra:
+            raise UserError(f"{out}/model.npz is not from a training run: use --load to start one from it")
         es, data = ES(**model.extra["es"]), Path(model.extra["data"])
     elif a.load:
         model = load_model(a.load)
@@ -1617,6 +1631,8 @@ def run(a: argparse.Namespace) -> None:
         if a.eval or a.sample is not None:
             raise UserError("--eval and --sample need a model: add --load model.npz")
         model = new_model(cfg, es.seed)
+    if model.cfg.vocab != 256:
+        raise UserError(f"the model's vocabulary of {model.cfg.vocab} is not bytes: load one of 256 tokens")
     if a.eval or a.sample is not None:
         backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
         if a.sample is not None:
