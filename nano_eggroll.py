@@ -29,6 +29,7 @@ import csv
 import ctypes
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -66,8 +67,8 @@ class UserError(ValueError):
 class Config:
     """The shape of an RWKV-7; raises UserError (a ValueError) for shapes that cannot be computed."""
 
-    dim: int = 64  # D, width of the residual stream
-    layers: int = 2  # L
+    dim: int = 32  # D, width of the residual stream
+    layers: int = 1  # L; in a run of a few minutes one layer gets further than two, since it reads twice the text
     head_size: int = 16  # N, must divide D
     vocab: int = 256  # V, 256 = bytes
     ffn: int = 0  # F, width of the channel mix; 0 means 4 D
@@ -1049,6 +1050,7 @@ class NumpyBackend:
     """The reference. Works through the population in chunks, so memory is bounded."""
 
     name = "numpy"
+    memory = 2**28  # bytes, roughly: bounds how many members are run at once
 
     def __init__(self, cfg: Config, rank: int) -> None:
         self.cfg, self.rank = cfg, rank
@@ -1065,7 +1067,7 @@ class NumpyBackend:
         cost = np.empty(len(start), np.int32)
         # About 40 float32 per channel and token are alive at once, and the noise of every member.
         each = 4 * (40 * tokens * max(self.cfg.ffn, self.cfg.vocab) + 64 * self.cfg.sizes[1] + self.cfg.dim**2)
-        chunk = max(1, 2**28 // each)
+        chunk = max(1, self.memory // each)
         for i in range(0, len(start), chunk):
             part = slice(i, min(i + chunk, len(start)))
             member = np.arange(part.start, part.stop)
@@ -1239,10 +1241,10 @@ CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true",
 class ES:
     """The settings of a run."""
 
-    population: int = 512  # P, even: members come in antithetic pairs
+    population: int = 2048  # P, even: members come in antithetic pairs
     rank: int = 1  # R
-    tokens: int = 32  # T, read by each member in a step
-    steps: int = 100
+    tokens: int = 64  # T, read by each member in a step
+    steps: int = 8000
     sigma: float = 1.0  # of a perturbation's entries, in int8 steps
     lr: float = 0.0  # in int8 steps; 0 chooses it from the number of steps, see `rate`
     seed: int = 0
@@ -1440,10 +1442,8 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
 
 def plot(out: Path, marks: dict[str, float]) -> None:
     """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib, or read log.csv in a spreadsheet") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -1463,7 +1463,7 @@ def plot(out: Path, marks: dict[str, float]) -> None:
 
 
 def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> None:
-    """Train from model.step to es.steps; log.csv and model.npz go to `out`, also after Ctrl-C."""
+    """Train from model.step to es.steps; log.csv and model.npz go to `out` at every validation and after Ctrl-C."""
     every = max(1, es.steps // 20)  # steps between validations
     stop: list[int] = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1483,6 +1483,7 @@ def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndar
                 val_bits, mean = evaluate(model, backend, val, es.tokens), sum(costs) / len(costs)
                 log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
                           f"{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
+                save_model(model, out / "model.npz")
             if validate or (live and now - shown > 0.2):
                 shown = now
                 left = (es.steps - model.step) * per_step / speed
@@ -1624,6 +1625,8 @@ def run(a: argparse.Namespace) -> None:
         model = load_model(a.load)
         if any(getattr(model.cfg, name) != value for name, value in shape.items()):
             raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
+        if a.tokens is None and "es" in model.extra:
+            es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
     else:
         cfg = Config(**shape)
         if a.bench:
@@ -1641,6 +1644,8 @@ def run(a: argparse.Namespace) -> None:
             print(f"bits/byte {evaluate(model, backend, load_text(data, es.tokens)[1], es.tokens):.4f}")
         return None
 
+    if a.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: pip install matplotlib, or open log.csv in a spreadsheet")
     text, val = load_text(data, es.tokens)
     backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
     out = out if a.resume else prepare_out(out)

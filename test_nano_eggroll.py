@@ -1,8 +1,8 @@
 """Properties of nano_eggroll, as statements about the method. Every equality is exact unless a tolerance is named.
 
-    pytest                                  the fixed examples that CI runs
-    pytest --hypothesis-profile=hunt        many more, newly drawn
-    pytest -k cuda                          on a machine with a GPU
+    pytest              the fixed examples that CI runs
+    HUNT=1 pytest       25 times as many, newly drawn
+    pytest -k cuda      what concerns CUDA; with a GPU, everything runs on it, too
 """
 
 import itertools
@@ -22,8 +22,15 @@ from hypothesis import strategies as st
 
 import nano_eggroll as E
 
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=12)
-settings.register_profile("hunt", deadline=None, max_examples=300)
+HUNT = bool(os.environ.get("HUNT"))
+
+
+def examples(count):
+    """How many examples a test draws."""
+    return settings(derandomize=not HUNT, deadline=None, max_examples=25 * count if HUNT else count)
+
+
+settings.register_profile("fixed", examples(12))
 settings.load_profile("fixed")
 
 HERE = Path(__file__).parent
@@ -123,7 +130,7 @@ def test_any_noise_entry_can_be_rebuilt_alone(seed, step, pair, entries, data):
 
 @every_backend
 @given(configs(), SEEDS, st.integers(0, 10**6), RANKS, st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_update_of_one_pair_shows_the_noise_that_the_definition_gives(backend, cfg, seed, step, rank, data):
     pair = data.draw(st.integers(0, 600))
     f = np.zeros(601, np.int8)
@@ -139,6 +146,20 @@ def test_update_of_one_pair_shows_the_noise_that_the_definition_gives(backend, c
             b = hash_bit(seed, step, pair, first + E.words(p.out) + i // 32, i % 32) if p.cols else 1
             total += hash_bit(seed, step, pair, first + o // 32, o % 32) * b
         assert m.weight(name).reshape(p.out, -1)[o, i] == total
+
+
+@given(configs())
+def test_parameters_share_no_weight_no_scale_and_no_noise(cfg):
+    size, rows, words = cfg.sizes
+    for first, length, end in (
+        (lambda p: p.at, lambda p: p.size, size),
+        (lambda p: p.row, lambda p: p.out, rows),
+        (lambda p: p.word, lambda p: E.words(p.out) + E.words(p.cols), words),
+    ):
+        params = sorted(cfg.params.values(), key=first)
+        for a, b in itertools.pairwise(params):
+            assert first(a) + length(a) <= first(b)
+        assert first(params[-1]) + length(params[-1]) <= end
 
 
 def test_noise_is_centred_of_unit_variance_and_uncorrelated():
@@ -183,7 +204,7 @@ def test_the_two_members_of_a_pair_average_to_the_base_weights(cfg, seed, step, 
 
 @every_backend
 @given(configs(), SEEDS, st.sampled_from([1, 4]), st.integers(1, 40))
-@settings(max_examples=6)
+@examples(6)
 def test_low_rank_path_equals_explicitly_perturbed_weights(backend, cfg, seed, rank, T):
     """Naive ES: with c = 1 the perturbed weights are int8 again, and the two ways agree to the bit."""
     m = random_model(cfg, most=120)
@@ -202,8 +223,12 @@ def test_low_rank_path_equals_explicitly_perturbed_weights(backend, cfg, seed, r
 
 
 def reference(cfg, W, tokens):
-    """RWKV-7 in float64, one token at a time, written from the equations of the paper (no quantised activations)."""
+    """RWKV-7 in float64, one token at a time, written from the equations of the paper; products take int8 inputs."""
     D, N = cfg.dim, cfg.head_size
+
+    def times(w, x):
+        step = max(abs(x).max(), 1e-30) / 127
+        return w @ (np.rint(x / step) * step)
 
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
@@ -222,14 +247,14 @@ def reference(cfg, W, tokens):
             h = norm(x, P("ln1.weight"), P("ln1.bias"), 1e-5)
             mixed = {i: h + (last_att[layer] - h) * P(f"att.x_{i}") for i in "rwkvag"}
             last_att[layer] = h
-            r, k, v = (P(f"att.{n}.weight") @ mixed[n[0]] for n in ("receptance", "key", "value"))
-            w = np.exp(-np.exp(-0.5) * sigmoid(P("att.w0") + P("att.w2") @ np.tanh(P("att.w1") @ mixed["w"])))
-            a = sigmoid(P("att.a0") + P("att.a2") @ (P("att.a1") @ mixed["a"]))
-            g = P("att.g2") @ sigmoid(P("att.g1") @ mixed["g"])
+            r, k, v = (times(P(f"att.{n}.weight"), mixed[n[0]]) for n in ("receptance", "key", "value"))
+            w = np.exp(-np.exp(-0.5) * sigmoid(P("att.w0") + times(P("att.w2"), np.tanh(times(P("att.w1"), mixed["w"])))))
+            a = sigmoid(P("att.a0") + times(P("att.a2"), times(P("att.a1"), mixed["a"])))
+            g = times(P("att.g2"), sigmoid(times(P("att.g1"), mixed["g"])))
             if layer == 0:
                 v_first = v
             else:
-                v = v + (v_first - v) * sigmoid(P("att.v0") + P("att.v2") @ (P("att.v1") @ mixed["v"]))
+                v = v + (v_first - v) * sigmoid(P("att.v0") + times(P("att.v2"), times(P("att.v1"), mixed["v"])))
             y = np.zeros(D)
             for head in range(D // N):
                 c = slice(head * N, head * N + N)
@@ -239,27 +264,31 @@ def reference(cfg, W, tokens):
                 S[layer, head] = (S[layer, head] @ (np.diag(w[c]) - np.outer(kk, kk * a[c])) + np.outer(v[c], k[c]))
                 yh = norm(S[layer, head] @ r[c], P("att.ln_x.weight")[c], P("att.ln_x.bias")[c], 64e-5)
                 y[c] = yh + (r[c] * k[c] * P("att.r_k")[c]).sum() * v[c]
-            x = x + P("att.output.weight") @ (y * g)
+            x = x + times(P("att.output.weight"), y * g)
             h = norm(x, P("ln2.weight"), P("ln2.bias"), 1e-5)
-            kf = np.maximum(P("ffn.key.weight") @ (h + (last_ffn[layer] - h) * P("ffn.x_k")), 0) ** 2
+            kf = np.maximum(times(P("ffn.key.weight"), h + (last_ffn[layer] - h) * P("ffn.x_k")), 0) ** 2
             last_ffn[layer] = h
-            x = x + P("ffn.value.weight") @ kf
-        out.append(W["head.weight"] @ norm(x, W["ln_out.weight"], W["ln_out.bias"], 1e-5))
+            x = x + times(P("ffn.value.weight"), kf)
+        out.append(times(W["head.weight"], norm(x, W["ln_out.weight"], W["ln_out.bias"], 1e-5)))
     return np.array(out)
 
 
-@given(SEEDS, RANKS, st.floats(0.3, 3), st.sampled_from([(16, 1, 4), (24, 2, 12), (32, 3, 16), (20, 2, 5)]))
-def test_a_member_agrees_with_the_equations_in_float64(seed, rank, sigma, shape):
-    """Within 5% of the logits' size: int8 activations cost that much; a wrong sign anywhere costs tens of percent."""
-    cfg = E.Config(dim=shape[0], layers=shape[1], head_size=shape[2], vocab=50)
-    m, text = random_model(cfg, seed), random_text(cfg, seed=seed)
-    noise = E.member_noise(np.arange(2), seed, 5, sigma, rank)
-    logits = E.forward(m, text[None, :24].repeat(2, 0), E.zero_state(cfg, 2), noise)
-    for member in range(2):
+def test_members_agree_with_the_equations_in_float64():
+    """To 1e-5 of the logits' size, except where rounding puts an activation on the other side of an int8 step."""
+    errors = []
+    for seed in range(24):
+        shape = [(16, 1, 4), (24, 2, 12), (32, 3, 16), (20, 2, 5)][seed % 4]
+        cfg = E.Config(dim=shape[0], layers=shape[1], head_size=shape[2], vocab=50)
+        m, text = random_model(cfg, seed), random_text(cfg, seed=seed)
+        noise = E.member_noise(np.arange(2), seed, 5, 0.3 + seed / 8, 1 + seed % 8)
+        logits = E.forward(m, text[None, :24].repeat(2, 0), E.zero_state(cfg, 2), noise)
+        member = seed % 2
         W = explicit(m, noise, member)
         W = {n: w * (m.scales(n)[:, None] if cfg.params[n].cols else m.scales(n)) for n, w in W.items()}
         want = reference(cfg, W, text[:24])
-        assert np.sqrt(np.mean((logits[member] - want) ** 2)) < 0.05 * np.sqrt(np.mean(want**2))
+        errors.append(abs(logits[member] - want).max() / np.sqrt(np.mean(want**2)))
+    assert np.median(errors) < 1e-5
+    assert max(errors) < 0.2
 
 
 def test_functions_agree_with_the_library():
@@ -282,7 +311,7 @@ def test_a_loss_is_the_cross_entropy_in_fixed_point(vocab, seed):
 
 @every_backend
 @given(configs(), st.integers(2, 50), st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_a_score_ignores_later_tokens(backend, cfg, T, data):
     t = data.draw(st.integers(0, T - 2))
     m, text = random_model(cfg), random_text(cfg)
@@ -296,7 +325,7 @@ def test_a_score_ignores_later_tokens(backend, cfg, T, data):
 
 @every_backend
 @given(configs(), st.integers(2, 70), RANKS, st.data())
-@settings(max_examples=6)
+@examples(6)
 def test_tokens_at_once_equal_tokens_in_two_calls(backend, cfg, T, rank, data):
     t = data.draw(st.integers(1, T - 1))
     m, text, noise = random_model(cfg), random_text(cfg), (7, 8, 1.5)
@@ -311,7 +340,7 @@ def test_tokens_at_once_equal_tokens_in_two_calls(backend, cfg, T, rank, data):
 
 @every_backend
 @given(st.permutations(range(12)), st.integers(1, 12))
-@settings(max_examples=6)
+@examples(6)
 def test_a_score_does_not_depend_on_who_else_is_in_the_population(backend, order, size):
     cfg = E.Config(dim=12, layers=2, head_size=4, vocab=30, lora=(3, 4, 5, 6))
     m, text, start = random_model(cfg), random_text(cfg), np.arange(12) * 3
@@ -319,6 +348,10 @@ def test_a_score_does_not_depend_on_who_else_is_in_the_population(backend, order
     part = run(E.make_backend(backend, cfg, 2, 1), m, text, start[:size], 20, (1, 2, 1.0))
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_array_equal(a[:size], b)
+    one_by_one = E.NumpyBackend(cfg, 2)
+    one_by_one.memory = 1
+    for a, b in zip(whole, run(one_by_one, m, text, start, 20, (1, 2, 1.0)), strict=True):
+        np.testing.assert_array_equal(a, b)
     order = np.array(order)
     tokens = text[start[order, None] + np.arange(20)]
     mixed = E.forward(m, tokens, E.zero_state(cfg, 12), E.member_noise(order, 1, 2, 1.0, 2))
@@ -331,7 +364,7 @@ def test_a_score_does_not_depend_on_who_else_is_in_the_population(backend, order
 
 @every_backend
 @given(configs(), SEEDS, RANKS, st.integers(1, 700), st.floats(1e-3, 1e4))
-@settings(max_examples=6)
+@examples(6)
 def test_update_equals_the_sum_of_outer_products(backend, cfg, seed, rank, pairs, gain):
     m = random_model(cfg)
     m.residual[:] = np.random.default_rng(1).integers(-2**14, 2**14, len(m.residual))
@@ -354,7 +387,7 @@ def test_update_equals_the_sum_of_outer_products(backend, cfg, seed, rank, pairs
 
 @every_backend
 @given(configs(), st.integers(1, 300))
-@settings(max_examples=4)
+@examples(4)
 def test_zero_fitness_changes_nothing(backend, cfg, pairs):
     m = random_model(cfg)
     q, residual = m.q.copy(), m.residual.copy()
@@ -399,7 +432,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # the same source without VNNI, w
 @pytest.mark.parametrize("flags", NATIVE)
 @given(configs(most=70), SEEDS, RANKS, st.integers(1, 50), st.integers(1, 10), st.sampled_from([1.0, 0.3, 2.5]),
        st.integers(1, 5))
-@settings(max_examples=4)
+@examples(4)
 def test_c_equals_numpy(flags, cfg, seed, rank, T, members, sigma, threads):
     m, text = random_model(cfg, seed), random_text(cfg)
     start = np.random.default_rng(seed).integers(0, 200, members)
@@ -419,7 +452,7 @@ def test_c_equals_numpy(flags, cfg, seed, rank, T, members, sigma, threads):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @given(configs(most=40), SEEDS, st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 3))
-@settings(max_examples=5)
+@examples(5)
 def test_whole_runs_are_equal(backend, cfg, seed, rank, T, pairs, threads):
     text = random_text(cfg)
     es = E.ES(population=2 * pairs, rank=rank, tokens=T, steps=6, lr=5, seed=seed)
@@ -492,7 +525,7 @@ def test_main_trains_saves_evaluates_and_samples(backend, tmp_path, capsys):
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert log[0] == "step,seconds,tokens,train_bits,val_bits,tokens_per_s"
     assert log[-1].startswith("8,")
-    args = ["--load", str(tmp_path / "run" / "model.npz"), "--backend", backend, "--tokens", "16"]
+    args = ["--load", str(tmp_path / "run" / "model.npz"), "--backend", backend]
     assert E.main([*args, "--eval", "--sample", "Once upon"]) == 0
     again = capsys.readouterr().out
     assert "Once upon" in again
@@ -551,6 +584,13 @@ def test_a_damaged_model_is_refused(tmp_path, capsys):
             assert len(data) == len(whole)
             assert E.load_model(path).sha256() == sha256
     assert refused > 300
+    model.q[0] ^= 1  # a sound file whose weights are not those that were saved
+    path.write_bytes(whole)
+    with np.load(path) as z:
+        arrays = dict(z)
+    np.savez(path, **arrays | {"q": model.q})
+    with pytest.raises(E.UserError, match="checksum"):
+        E.load_model(path)
     path.write_bytes(whole[:-10])
     assert E.main(["--load", str(path), "--eval"]) == 2
     assert str(path) in capsys.readouterr().err
@@ -642,7 +682,7 @@ def test_the_cache_is_private(tmp_path, monkeypatch):
 @needs_c
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
-    args = [sys.executable, str(HERE / "nano_eggroll.py"), "--dim", "16", "--population", "256", "--steps", "400"]
+    args = [sys.executable, str(HERE / "nano_eggroll.py"), "--dim", "16", "--population", "512", "--steps", "400"]
     whole = subprocess.run([*args, "--out", "whole"], cwd=tmp_path, capture_output=True, text=True, check=True)
     run = subprocess.Popen([*args, "--out", "parts"], cwd=tmp_path, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
