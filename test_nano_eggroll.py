@@ -522,6 +522,10 @@ def test_main_trains_saves_evaluates_and_samples(backend, tmp_path, capsys):
     assert out[-2].startswith("bits/byte ")
     model = E.load_model(tmp_path / "run" / "model.npz")
     assert out[-1] == f"weights sha256 {model.sha256()}"
+    same, es = E.new_model(E.Config(dim=16, layers=1), 0), E.ES(population=64, tokens=16, steps=8, lr=2)
+    while same.step < es.steps:
+        E.es_step(same, E.NumpyBackend(same.cfg, 1), E.load_text(E.DATA, 16)[0], es)
+    assert same.sha256() == model.sha256()
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert log[0] == "step,seconds,tokens,train_bits,val_bits,tokens_per_s"
     assert log[-1].startswith("8,")
