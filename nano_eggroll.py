@@ -459,7 +459,7 @@ typedef long long i64;
   #define restrict __restrict__
   #define LANES 32
   #define ROWS 4                                  // rows of a matrix that share one read of the activations
-  #define BIAS 0                                  // what is added to a quantised activation to make it unsigned
+  #define BIAS 0                                  // what is added to weights to make them unsigned, see unbias
   #define LANE ((int)(threadIdx.x % LANES))
   #define FOR_LANE(l) for (int l = LANE, once_ = 1; once_; once_ = 0)
   #define EACH(i, n) for (int i = threadIdx.x / LANES; i < (n); i += blockDim.x / LANES)  // dealt out to the warps
@@ -504,7 +504,7 @@ typedef long long i64;
     #define LANES 16
     #define ROWS 16
     #define BIAS 128                              // vpdpbusd multiplies unsigned by signed bytes
-    #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(x), _mm512_set1_epi32(w)))
+    #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), _mm512_set1_epi32(w), (__m512i)(x)))
     #define VECTOR(op) _mm512_##op##_ps
   #elif defined __AVX2__
     #define LANES 8
@@ -512,7 +512,7 @@ typedef long long i64;
     #define VECTOR(op) _mm256_##op##_ps
     #ifdef __AVXVNNI__
       #define BIAS 128
-      #define dot4(acc, x, w) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(x), _mm256_set1_epi32(w)))
+      #define dot4(acc, x, w) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), _mm256_set1_epi32(w), (__m256i)(x)))
     #else
       #define BIAS 0
       #define ODD(x) _mm256_srai_epi16(x, 8)      // odd and even bytes as 16-bit integers, for vpmaddwd
@@ -633,20 +633,21 @@ typedef struct {                                  // what one task needs; reused
   TOKENS(x[D]); TOKENS(h[D]); TOKENS(dx[D]); TOKENS(xm[D]); TOKENS(r[D]); TOKENS(w[D]); TOKENS(k[D]); TOKENS(v[D]);
   TOKENS(a[D]); TOKENS(g[D]); TOKENS(kk[D]); TOKENS(y[D]); TOKENS(v_first[D]); TOKENS(wide[WIDEST]);
   TOKENS(lora[LORA]); TOKENS(logits[VOCAB]);
-  int q[(WIDEST > LORA ? WIDEST : LORA) / 4 + 1][LANES];  // quantised inputs of a product, four channels to a word
+  int q[(WIDEST > LORA ? WIDEST : LORA) / 4 + 1][LANES];  // quantised inputs of a product, four channels to a word,
+  int start[1][LANES];                            // and what its sums start from
   float state[L * STATE];
   float vec[VECTORS];                             // the member's own vector parameters
-  i8 noise[COLUMN(R, 0)];                         // +-1, for the whole model: A of tensor t at its t.word, then B
+  i8 noise[COLUMN(R, 0)];                         // +-1 + BIAS, for the whole model: A of tensor t at its t.word, then B
   int minus[COLUMN(R, 0)];                        // its sign bits: x ^ minus is x times the noise
-  int bsum[TENSORS][R];                           // sums of the entries of each B, to take BIAS out again
   int pair;                                       // whose noise this is
 } Member;
 
-typedef struct { const i8 *w; const float *scale; const int *bias; Member *s; float c; int rank; } Model;
+typedef struct { const i8 *w; const float *scale; Member *s; float c; int rank; } Model;
 
 #define BLOCK(kind) (GLOBALS + l * KINDS + kind)  // a parameter of layer l
 #define VEC(kind) (vec + TABLE[BLOCK(kind)].vec)
-#define MATMUL(y, kind, out, cols) matmul(y, m, sx, TABLE[BLOCK(kind)], BLOCK(kind), out, cols)
+#define MATMUL(y, kind, out, cols) matmul(y, m, sx, TABLE[BLOCK(kind)], out, cols)
+#define SIGNED(biased) ((i8)((biased) - BIAS))
 
 INLINE int load4(const i8 *w, int cols) {         // four neighbours in a row of `cols`, which may start anywhere
 #ifdef __CUDACC__
@@ -658,17 +659,25 @@ INLINE int load4(const i8 *w, int cols) {         // four neighbours in a row of
 #endif
 }
 
-// q = x of n channels in int8, absmax 127; returns the scale. Padding is 0, so what it meets does not matter.
-INLINE vf quantise(block q, buf x, int n) {
+// What the sums of products with biased weights start from, so that the bias drops out: -BIAS times the sum of x.
+INLINE vi unbias(block x, int words) {
+  vi sum = ZERO;
+  if (BIAS) for (int k = 0; k < words; k++) sum = dot4(sum, Q(x, k), 0x01010101);
+  return sum * -BIAS;
+}
+
+// s->q = x of n channels in int8, absmax 127; returns the scale. Padding is 0, so what it meets does not matter.
+INLINE vf quantise(Member *s, buf x, int n) {
   SYNC;
   REDUCE(vmax, 1e-30f, top, d, n, vabs(V(x, d)))
   vf inv = 127.0f / top;
   EACH(k, (n + 3) / 4) {
     vi word = ZERO;
     UNROLL for (int b = 0; b < 4; b++)
-      if (4 * k + b < n) word |= (AS_I(V(x, 4 * k + b) * inv + (MAGIC + BIAS)) & 255) << 8 * b;
-    Q(q, k) = word;
+      if (4 * k + b < n) word |= (AS_I(V(x, 4 * k + b) * inv + MAGIC) & 255) << 8 * b;
+    Q(s->q, k) = word;
   }
+  Q(s->start, 0) = unbias(s->q, (n + 3) / 4);
   SYNC;
   return top * (1.0f / 127);
 }
@@ -684,7 +693,7 @@ INLINE void dot_rows(vi *acc, int n, block q, int words, const i8 *w, int cols) 
 // y = x (W + c A B^T)^T of rows o to o+n, for x = q sx
 INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, int o, int n, int cols) {
   vi acc[ROWS];
-  UNROLL for (int j = 0; j < n; j++) acc[j] = ZERO + m->bias[t.row + o + j];
+  UNROLL for (int j = 0; j < n; j++) acc[j] = Q(m->s->start, 0);
   dot_rows(acc, n, m->s->q, (cols + 3) / 4, m->w + t.at + o * cols, cols);
   const float *scale = m->scale + t.row + o;
   const int *minus = m->s->minus + COLUMN(0, t.word) + o;
@@ -695,14 +704,14 @@ INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, in
   UNROLL for (int j = 0; j < n; j++) V(y, o + j) = z[j] * scale[j] * sx;
 }
 
-INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int i, int out, int cols) {
+INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int out, int cols) {
   vf xb[R];
   if (m->rank) UNROLL for (int k = 0; k < R; k++) {  // x B: four sums, so that products need not wait for each other
     const i8 *b = m->s->noise + COLUMN(k, t.word + WORDS_OF(out));
-    vi p[4] = {ZERO, ZERO, ZERO, ZERO};
+    vi p[4] = {Q(m->s->start, 0), ZERO, ZERO, ZERO};
     for (int w0 = 0; w0 < (cols + 3) / 4; w0 += 4) UNROLL for (int w = w0; w < w0 + 4; w++)
       if (w < (cols + 3) / 4) p[w - w0] = dot4(p[w - w0], Q(m->s->q, w), load4(b + 4 * w, 4));
-    xb[k] = m->c * I2F(p[0] + p[1] + p[2] + p[3] - BIAS * m->s->bsum[i][k]);
+    xb[k] = m->c * I2F(p[0] + p[1] + p[2] + p[3]);
   }
   EACH(o, out / ROWS) matmul_rows(y, m, sx, xb, t, o * ROWS, ROWS, cols);
   EACH(o, out % ROWS) matmul_rows(y, m, sx, xb, t, out - out % ROWS + o, 1, cols);
@@ -730,7 +739,7 @@ INLINE void token_shift(buf dx, buf h, float *carry, int n) {
 INLINE vf mixed(const Model *m, const float *mu) {
   Member *s = m->s;
   EACH(d, D) V(s->xm, d) = V(s->h, d) + V(s->dx, d) * mu[d];
-  return quantise(s->q, s->xm, D);
+  return quantise(s, s->xm, D);
 }
 
 // S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token; lanes are N value channels of a head
@@ -763,7 +772,7 @@ INLINE void time_mix(const Model *m, int l, int tokens) {
   sx = mixed(m, VEC(ATT_X_W));
   MATMUL(s->lora, ATT_W1, LORA_W, D);
   EACH(d, LORA_W) V(s->lora, d) = tanh_(V(s->lora, d));
-  sx = quantise(s->q, s->lora, LORA_W);
+  sx = quantise(s, s->lora, LORA_W);
   MATMUL(s->w, ATT_W2, D, LORA_W);
   EACH(d, D) V(s->w, d) = exp2_((float)(-0.606531 * 1.4426950408889634) * sigmoid(VEC(ATT_W0)[d] + V(s->w, d)));
   sx = mixed(m, VEC(ATT_X_K));
@@ -774,20 +783,20 @@ INLINE void time_mix(const Model *m, int l, int tokens) {
     EACH(d, D) V(s->v_first, d) = V(s->v, d);
   } else {
     MATMUL(s->lora, ATT_V1, LORA_V, D);
-    sx = quantise(s->q, s->lora, LORA_V);
+    sx = quantise(s, s->lora, LORA_V);
     MATMUL(s->y, ATT_V2, D, LORA_V);
     EACH(d, D)
       V(s->v, d) = V(s->v, d) + (V(s->v_first, d) - V(s->v, d)) * sigmoid(VEC(ATT_V0)[d] + V(s->y, d));
   }
   sx = mixed(m, VEC(ATT_X_A));
   MATMUL(s->lora, ATT_A1, LORA_A, D);
-  sx = quantise(s->q, s->lora, LORA_A);
+  sx = quantise(s, s->lora, LORA_A);
   MATMUL(s->a, ATT_A2, D, LORA_A);
   EACH(d, D) V(s->a, d) = sigmoid(VEC(ATT_A0)[d] + V(s->a, d));
   sx = mixed(m, VEC(ATT_X_G));
   MATMUL(s->lora, ATT_G1, LORA_G, D);
   EACH(d, LORA_G) V(s->lora, d) = sigmoid(V(s->lora, d));
-  sx = quantise(s->q, s->lora, LORA_G);
+  sx = quantise(s, s->lora, LORA_G);
   MATMUL(s->g, ATT_G2, D, LORA_G);
 
   EACH(h, H) {
@@ -810,7 +819,7 @@ INLINE void time_mix(const Model *m, int l, int tokens) {
     SUM(bonus, i, N, V(s->r, c + i) * V(s->k, c + i) * VEC(ATT_R_K)[c + i])
     for (int i = c; i < c + N; i++) V(s->y, i) = (V(s->y, i) + bonus * V(s->v, i)) * V(s->g, i);
   }
-  sx = quantise(s->q, s->y, D);
+  sx = quantise(s, s->y, D);
   MATMUL(s->dx, ATT_OUTPUT_WEIGHT, D, D);
   EACH(d, D) V(s->x, d) = V(s->x, d) + V(s->dx, d);
   SYNC;
@@ -827,7 +836,7 @@ INLINE void channel_mix(const Model *m, int l, int tokens) {
     vf k = vmax(V(s->wide, d), splat(0.0f));
     V(s->wide, d) = k * k;
   }
-  sx = quantise(s->q, s->wide, F);
+  sx = quantise(s, s->wide, F);
   MATMUL(s->dx, FFN_VALUE_WEIGHT, D, F);
   EACH(d, D) V(s->x, d) = V(s->x, d) + V(s->dx, d);
   SYNC;
@@ -839,7 +848,7 @@ INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
   u32 k0 = key0(seed, step, pair), k1 = key1(seed, step, pair);
   if (m->rank && s->pair != pair) FLAT(w, R * WORDS) {
     u32 h = noise_word(k0, k1, w);
-    for (int b = 0; b < 32; b++) s->noise[32 * w + b] = (int)(h >> b & 1) * 2 - 1;
+    for (int b = 0; b < 32; b++) s->noise[32 * w + b] = (int)(h >> b & 1) * 2 - 1 + BIAS;
     for (int b = 0; b < 32; b++) s->minus[32 * w + b] = ~(h >> b) << 31;
   }
   SYNC;
@@ -847,27 +856,23 @@ INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
   for (int i = 0; i < TENSORS; i++) {
     Tensor t = TABLE[i];
     if (!t.cols) FLAT(o, t.out) {
-      float q = m->w[t.at + o];
-      if (m->rank) for (int k = 0; k < R; k++) q = q + s->noise[COLUMN(k, t.word) + o] * m->c;
+      float q = SIGNED(m->w[t.at + o]);
+      if (m->rank) for (int k = 0; k < R; k++) q = q + SIGNED(s->noise[COLUMN(k, t.word) + o]) * m->c;
       s->vec[t.vec + o] = q * m->scale[t.row + o];
-    } else if (BIAS && m->rank) FLAT(k, R) {
-      int sum = 0;
-      for (int d = 0; d < t.cols; d++) sum += s->noise[COLUMN(k, t.word + WORDS_OF(t.out)) + d];
-      s->bsum[i][k] = sum;
     }
   }
   SYNC;
 }
 
 // Runs members first to last over T tokens: member m reads text[start[m]...], and adds what it costs to predict each
-// next token to score[m], in 1/4096 bit. state (float [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may
+// next token to score[m], in 1/4096 bit. w: weights + BIAS. state (float [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may
 // be null.
-KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned short *text, const i64 *start, int T,
-             u32 seed, u32 step, float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
+KERNEL score(const i8 *w, const float *scale, const unsigned short *text, const i64 *start, int T, u32 seed, u32 step,
+             float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
   SCRATCH(Member);
   s->pair = -1;
   TASKS(member) {
-    Model model = {w, scale, bias, s, member % 2 ? -c : c, c != 0 ? R : 0}, *m = &model;
+    Model model = {w, scale, s, member % 2 ? -c : c, c != 0 ? R : 0}, *m = &model;
     SYNC;
     perturb(m, seed, step, member / 2);
     float *carried = state ? state + (i64)member * (L * STATE) : 0;
@@ -879,9 +884,10 @@ KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned sh
       Tensor e = TABLE[EMB_WEIGHT];
       TABLET(t, d, D) {
         int token = in[t < tokens ? t : 0];
-        float z = w[e.at + token * D + d];
+        float z = SIGNED(w[e.at + token * D + d]);
         if (m->rank) for (int k = 0; k < R; k++)
-          z = z + s->noise[COLUMN(k, e.word) + token] * m->c * s->noise[COLUMN(k, e.word + WORDS_OF(VOCAB)) + d];
+          z = z + SIGNED(s->noise[COLUMN(k, e.word) + token]) * m->c
+                  * SIGNED(s->noise[COLUMN(k, e.word + WORDS_OF(VOCAB)) + d]);
         s->x[d][t] = z * scale[e.row + token];
       }
       SYNC;
@@ -891,8 +897,8 @@ KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned sh
         channel_mix(m, l, tokens);
       }
       normalise(s->x, s->x, D, s->vec + TABLE[LN_OUT_WEIGHT].vec, s->vec + TABLE[LN_OUT_BIAS].vec, 1e-5f);
-      vf sx = quantise(s->q, s->x, D);
-      matmul(s->logits, m, sx, TABLE[HEAD_WEIGHT], HEAD_WEIGHT, VOCAB, D);
+      vf sx = quantise(s, s->x, D);
+      matmul(s->logits, m, sx, TABLE[HEAD_WEIGHT], VOCAB, D);
       if (logits) EACH(v, VOCAB) FOR_LANE(t) if (t < tokens)
         logits[((i64)member * T + t0 + t) * VOCAB + v] = s->logits[v][t];
       vf target;
@@ -914,17 +920,16 @@ KERNEL score(const i8 *w, const float *scale, const int *bias, const unsigned sh
 #define K (R * PAIRS)                             // inner dimension of a product: column k of pair p is k PAIRS + p
 
 typedef struct {
-  i8 fa[UNIT][K];                                 // f A^T
+  i8 fa[UNIT][K];                                 // f A^T + BIAS
   int b[K / 4][LANES];                            // B of LANES columns, four pairs to a word
-  int fsum[UNIT];                                 // row sums of fa, to take BIAS out again
   u32 k0[PAIRS], k1[PAIRS], h[PAIRS];
   int z[UNIT][COLUMNS];
 } Update;
 
 // z += fa B of rows j to j+n, LANES columns from c
-INLINE void update_rows(Update *s, int c, int j, int n, int words) {
+INLINE void update_rows(Update *s, vi start, int c, int j, int n, int words) {
   vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = Q((block)s->z[j + i], c / LANES) - BIAS * s->fsum[j + i];
+  UNROLL for (int i = 0; i < n; i++) acc[i] = Q((block)s->z[j + i], c / LANES) + start;
   for (int k = 0; k < R; k++) dot_rows(acc, n, s->b + k * (PAIRS / 4), words, s->fa[j] + k * PAIRS, K);
   UNROLL for (int i = 0; i < n; i++) Q((block)s->z[j + i], c / LANES) = acc[i];
 }
@@ -960,13 +965,7 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
         FLAT(p, 4 * words) s->h[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + o0 / UNIT) : ~0u;
         SYNC;
         for (int j = 0; j < rows; j++)
-          FLAT(p, 4 * words) s->fa[j][k * PAIRS + p] = s->h[p] >> j & 1 ? f[p0 + p] : -f[p0 + p];
-      }
-      SYNC;
-      if (BIAS) FLAT(j, rows) {
-        int sum = 0;
-        for (int k = 0; k < R; k++) for (int p = 0; p < 4 * words; p++) sum += s->fa[j][k * PAIRS + p];
-        s->fsum[j] = sum;
+          FLAT(p, 4 * words) s->fa[j][k * PAIRS + p] = (s->h[p] >> j & 1 ? f[p0 + p] : -f[p0 + p]) + BIAS;
       }
       for (int i0 = 0; i0 < cols; i0 += LANES) {
         for (int k = 0; k < R; k++) {
@@ -976,12 +975,14 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
           EACH(q, words) FOR_LANE(l) {
             const u32 *h = s->h + 4 * q;
             u32 bits = (h[0] >> l & 1) | (h[1] >> l & 1) << 8 | (h[2] >> l & 1) << 16 | (h[3] >> l & 1) << 24;
-            s->b[k * (PAIRS / 4) + q][l] = ~(bits * 0xFE) ^ BIAS * 0x01010101u;  // bytes 0 and 1 become -1 and 1
+            s->b[k * (PAIRS / 4) + q][l] = ~(bits * 0xFE);  // bytes 0 and 1 become -1 and 1
           }
         }
         SYNC;
-        EACH(j, rows / ROWS) update_rows(s, i0, j * ROWS, ROWS, words);
-        EACH(j, rows % ROWS) update_rows(s, i0, rows - rows % ROWS + j, 1, words);
+        vi start = ZERO;
+        for (int k = 0; k < R; k++) start += unbias(s->b + k * (PAIRS / 4), words);
+        EACH(j, rows / ROWS) update_rows(s, start, i0, j * ROWS, ROWS, words);
+        EACH(j, rows % ROWS) update_rows(s, start, i0, rows - rows % ROWS + j, 1, words);
       }
     }
     SYNC;
@@ -993,16 +994,9 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
   }
 }
 
-// bias[row] = what the accumulators of a row start from, to take the activations' BIAS out of its products
-KERNEL biases(const i8 *w, int *bias, int first, int last, void *scratch) {
-  TASKS(i) {
-    Tensor t = TABLE[i];
-    FLAT(o, t.out) {
-      int sum = 0;
-      for (int d = 0; d < t.cols; d++) sum += w[t.at + o * t.cols + d];
-      bias[t.row + o] = -BIAS * sum;
-    }
-  }
+// biased = w + BIAS; a task is 4096 of n weights
+KERNEL bias(const i8 *w, i8 *biased, int n, int first, int last, void *scratch) {
+  TASKS(i) FLAT(j, 4096) if (4096 * i + j < n) biased[4096 * i + j] = w[4096 * i + j] + BIAS;
 }
 
 KERNEL scratch_bytes(int *bytes) { bytes[0] = sizeof(Member); bytes[1] = sizeof(Update); }
@@ -1102,17 +1096,16 @@ class KernelBackend:
     def __init__(self, cfg: Config, rank: int, name: str, launch: Callable[..., None]) -> None:
         self.cfg, self.rank, self.name, self.launch = cfg, rank, name, launch
         self.units = sum(-(-p.out // UNIT) if p.cols else 1 for p in cfg.params.values())
-        self.tensors = len(cfg.params) + 3  # the table also lists the value residual that layer 0 has not
-        self.bias = np.zeros(cfg.sizes[1], np.int32)
+        self.biased = np.zeros(cfg.sizes[0], np.int8)
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
               state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
         """See NumpyBackend."""
         seed, step, sigma = noise
         cost = np.zeros(len(start), np.int32)
-        self.launch("biases", self.tensors, (model.q, self.bias), [self.bias])
+        self.launch("bias", -(-len(model.q) // 4096), (model.q, self.biased, np.int32(len(model.q))), [self.biased])
         self.launch("score", len(start), (
-            model.q, model.scale, self.bias, text, start, np.int32(tokens), np.uint32(seed), np.uint32(step),
+            self.biased, model.scale, text, start, np.int32(tokens), np.uint32(seed), np.uint32(step),
             F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
         return cost
 
