@@ -637,7 +637,7 @@ typedef struct {                                  // what one task needs; reused
   int start[1][LANES];                            // and what its sums start from
   float state[L * STATE];
   float vec[VECTORS];                             // the member's own vector parameters
-  i8 noise[COLUMN(R, 0)];                         // +-1 + BIAS, for the whole model: A of tensor t at its t.word, then B
+  i8 noise[COLUMN(R, 0)];                         // +-1 + BIAS: A of tensor t at its t.word, then B
   int minus[COLUMN(R, 0)];                        // its sign bits: x ^ minus is x times the noise
   int pair;                                       // whose noise this is
 } Member;
@@ -865,8 +865,8 @@ INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
 }
 
 // Runs members first to last over T tokens: member m reads text[start[m]...], and adds what it costs to predict each
-// next token to score[m], in 1/4096 bit. w: weights + BIAS. state (float [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may
-// be null.
+// next token to score[m], in 1/4096 bit. w: weights + BIAS. state (float [P][L * STATE], carried on) and logits (float
+// [P][T][VOCAB]) may be null.
 KERNEL score(const i8 *w, const float *scale, const unsigned short *text, const i64 *start, int T, u32 seed, u32 step,
              float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
   SCRATCH(Member);
@@ -1234,9 +1234,9 @@ CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true",
 class ES:
     """The settings of a run."""
 
-    population: int = 2048  # P, even: members come in antithetic pairs
+    population: int = 1024  # P, even: members come in antithetic pairs
     rank: int = 1  # R
-    tokens: int = 64  # T, read by each member in a step
+    tokens: int = 128  # T, read by each member in a step
     steps: int = 8000
     sigma: float = 1.0  # of a perturbation's entries, in int8 steps
     lr: float = 0.0  # in int8 steps; 0 chooses it from the number of steps, see `rate`
@@ -1413,24 +1413,19 @@ def cuda_device() -> str:
 
 def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> Backend:
     """The named backend, or the fastest that works here: cuda, c, numpy."""
-    threads = threads or cores()
-    if name is None:
+    for choice in [name] if name else ["cuda", "c", "numpy"]:
         try:
-            cuda_device()
-            name = "cuda"
-        except UserError:
-            name = "c"
-            try:
-                return make_backend(name, cfg, rank, threads)
-            except UserError as e:
+            if choice == "cuda":
+                cuda_device()
+                return KernelBackend(cfg, rank, choice, cuda_launcher(kernel_source(cfg, rank)))
+            if choice == "c":
+                return KernelBackend(cfg, rank, choice, c_launcher(kernel_source(cfg, rank), threads or cores()))
+        except UserError as e:
+            if name:
+                raise
+            if choice == "c":
                 print(f"note: {e}; going on with numpy, which is much slower", file=sys.stderr)
-                name = "numpy"
-    if name == "numpy":
-        return NumpyBackend(cfg, rank)
-    if name == "cuda":
-        cuda_device()
-    source = kernel_source(cfg, rank)
-    return KernelBackend(cfg, rank, name, cuda_launcher(source) if name == "cuda" else c_launcher(source, threads))
+    return NumpyBackend(cfg, rank)
 
 
 def plot(out: Path, marks: dict[str, float]) -> None:
@@ -1572,16 +1567,14 @@ HELP = {
 
 
 def prepare_out(out: Path | None) -> Path:
-    """A writable folder with no model in it."""
-    names = [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]
-    for path in names:
-        if not (path / "model.npz").exists():
+    """A writable folder with no run in it."""
+    for path in [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
+        if not any((path / name).exists() for name in ("model.npz", "log.csv")):
             break
     else:
-        raise UserError(f"{names[0]}/model.npz exists and would be lost: give another --out, or add --resume to go on")
+        raise UserError(f"{path} already holds a run, which would be lost: give another --out, or --resume to go on")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "log.csv").unlink(missing_ok=True)  # of a run that never saved a model
         (path / "log.csv").touch()
     except OSError as e:
         raise UserError(f"cannot write to {path} ({e.strerror}): give a folder of your own with --out") from None
@@ -1590,7 +1583,7 @@ def prepare_out(out: Path | None) -> Path:
 
 def steps_for(minutes: float, model: Model, backend: Backend, es: ES, text: np.ndarray) -> int:
     """How many steps take this long here, from a few steps of a copy."""
-    trial = replace(model, q=model.q.copy(), residual=model.residual.copy())
+    trial = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0)
     es_step(trial, backend, text, replace(es, steps=2**31))  # warms up
     began = time.perf_counter()
     while trial.step < 3 or time.perf_counter() - began < 0.6 * minutes:

@@ -248,7 +248,8 @@ def reference(cfg, W, tokens):
             mixed = {i: h + (last_att[layer] - h) * P(f"att.x_{i}") for i in "rwkvag"}
             last_att[layer] = h
             r, k, v = (times(P(f"att.{n}.weight"), mixed[n[0]]) for n in ("receptance", "key", "value"))
-            w = np.exp(-np.exp(-0.5) * sigmoid(P("att.w0") + times(P("att.w2"), np.tanh(times(P("att.w1"), mixed["w"])))))
+            w = times(P("att.w2"), np.tanh(times(P("att.w1"), mixed["w"])))
+            w = np.exp(-np.exp(-0.5) * sigmoid(P("att.w0") + w))
             a = sigmoid(P("att.a0") + times(P("att.a2"), times(P("att.a1"), mixed["a"])))
             g = times(P("att.g2"), sigmoid(times(P("att.g1"), mixed["g"])))
             if layer == 0:
@@ -631,7 +632,8 @@ BAD = {
     "eval without a model": (["--eval"], "--load"),
     "resume without a run": (["--resume", "--out", "fresh"], "fresh"),
     "resume with settings": (["--resume", "--out", "fresh", "--lr", "1"], "--resume"),
-    "out is taken": (["--out", "taken"], "taken"),
+    "out has a model": (["--out", "taken"], "taken"),
+    "out has a log": (["--out", "logged"], "logged"),
 }
 
 
@@ -640,8 +642,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_bytes(b"")
     Path("short.txt").write_bytes(b"x" * 300)
-    Path("taken").mkdir()
-    Path("taken/model.npz").write_bytes(b"precious")
+    for taken in ("taken/model.npz", "logged/log.csv"):
+        Path(taken).parent.mkdir()
+        Path(taken).write_bytes(b"precious")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     args, named = BAD[name]
     assert E.main(args) == 2
