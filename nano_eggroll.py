@@ -24,12 +24,14 @@ D width, L layers, H heads, N head size, F width of the channel mix, V vocabular
 from __future__ import annotations
 
 import argparse
+import codecs
 import concurrent.futures
 import csv
 import ctypes
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -1643,7 +1645,7 @@ def run(a: argparse.Namespace) -> None:
     if not a.resume:
         model.step, model.extra = 0, {"es": asdict(es), "data": str(data)}
     print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
-          f"{backend.name} on {a.threads or cores()} threads" if backend.name == "c" else f"on {backend.name}")
+          f"backend {backend.name}, {a.threads or cores()} threads")
     train(model, backend, es, text, val, out)
     if a.plot:
         plot(out, marks)
@@ -1657,13 +1659,17 @@ def run(a: argparse.Namespace) -> None:
 def write_sample(model: Model, backend: Backend, prompt: str, seed: int) -> None:
     """Print a prompt and its continuation, as it comes."""
     print("--- sample\n" + prompt, end="")
-    for byte in generate(model, backend, prompt.encode(), 400, seed):
-        print(byte.decode("latin-1"), end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for byte in generate(model, backend, prompt.encode(errors="surrogateescape"), 400, seed):
+        text = decoder.decode(byte)  # empty in the middle of a character; control characters are not for the terminal
+        print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), end="", flush=True)
     print("\n---")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 for what the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
     try:
         run(parse(argv))
     except UserError as e:
