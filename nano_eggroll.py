@@ -1445,7 +1445,7 @@ def plot(out: Path, marks: dict[str, float]) -> None:
     ax.plot(tokens, [float(r["val_bits"]) for r in rows], color="C0", label="validation")
     for name, bits in marks.items():
         ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
-        ax.text(tokens[-1], bits, f" {name} {bits:.2f}", va="center", fontsize=8)
+        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", fontsize=8, transform=ax.get_yaxis_transform())
     ax.set(xlabel="tokens read by the population", ylabel="bits per byte", xscale="log", title="nano_eggroll")
     ax.legend()
     fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
