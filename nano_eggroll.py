@@ -83,7 +83,7 @@ class Config:
                   "ffn": (self.ffn, 65536), "head size": (self.head_size, self.dim)}
         limits |= {f"lora {n}": (size, 65536) for n, size in zip(LORA, self.lora, strict=True)}
         for name, (value, most) in limits.items():
-            # 65536 inputs x 255 (a biased activation) x 127 fit the int32 accumulators; twice as many would not.
+            # 65536 inputs x 127 x 255 (a biased weight) fit the int32 accumulators; twice as many would not.
             if not 1 <= value <= most:
                 raise UserError(f"{name} {value} is out of range: choose 1 to {most}")
         if self.dim % self.head_size:
@@ -233,7 +233,7 @@ def new_model(cfg: Config, seed: int) -> Model:
             m.scales(name)[:] = 1 / 16 if part == "emb.weight" else 1 / (16 * math.sqrt(p.cols))
             if part in ("head.weight", "att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1"):
                 continue
-            h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))  # p.size uncorrelated words
+            h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))
             total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510
             m.weight(name)[:] = np.rint(total * (16 / math.sqrt((256**2 - 1) / 3))).reshape(p.out, p.cols)
             continue
@@ -1061,7 +1061,7 @@ class NumpyBackend:
         """
         seed, step, sigma = noise
         cost = np.empty(len(start), np.int32)
-        # About 40 float32 per channel and token are alive at once, and the noise of every member.
+        # A generous count of the float32 alive at once: activations of every token, and the noise of every member.
         each = 4 * (40 * tokens * max(self.cfg.ffn, self.cfg.vocab) + 64 * self.cfg.sizes[1] + self.cfg.dim**2)
         chunk = max(1, self.memory // each)
         for i in range(0, len(start), chunk):

@@ -481,7 +481,7 @@ def test_accumulators_hold_the_most_extreme_model(backend):
 
 
 def test_shapes_that_could_overflow_are_refused():
-    assert 65536 * 255 * 127 < 2**31  # a biased activation times a weight, the widest sum
+    assert 65536 * 255 * 127 < 2**31  # an activation times a biased weight, the widest sum
     assert 127 * 2**20 * 8 < 2**31  # Z: fitness x pairs x rank
     assert 4096 * 63 * E.BITS < 2**31  # a score: T losses
     E.Config(dim=1024, layers=1, head_size=64, ffn=65536)
