@@ -1328,8 +1328,8 @@ def yardsticks(path: Path, train: np.ndarray, val: np.ndarray) -> dict[str, floa
     text = np.concatenate([train, val]).astype(np.uint8).tobytes()
     found = {"uniform": 8.0, "unigram": bits(counts.sum(0), (val[1:],)), "bigram": bits(counts, (val[:-1], val[1:])),
              "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text)}
-    entropy = path.with_suffix(".entropy")  # written by the generator of synthetic text
-    if entropy.exists():
+    entropy = path.with_suffix(".entropy")  # written by the generator of the built-in text
+    if path == DATA and entropy.exists():
         found["true entropy"] = float(entropy.read_text())
     return found
 
