@@ -5,10 +5,12 @@
     pytest -k cuda      what concerns CUDA; with a GPU, everything runs on it, too
 """
 
+import ctypes
 import itertools
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -736,3 +738,98 @@ def test_cuda_source_compiles(arch, shape):
     assert b".entry score" in ptx
     assert b".entry update" in ptx
     assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
+
+
+SIMT = r"""
+// Runs the kernel's CUDA branch on the CPU: a block's threads are fibers, and __syncthreads gives way to the next.
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx, gridDim, blockDim;
+static ucontext_t scheduler;
+static std::vector<ucontext_t> fibers;
+static std::vector<char> finished;
+static std::function<void()> body;
+static void __syncthreads() { unsigned t = threadIdx.x; swapcontext(&fibers[t], &scheduler); threadIdx.x = t; }
+static int __float_as_int(float f) { int i; memcpy(&i, &f, 4); return i; }
+static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
+static int atomicAdd(int *p, int x) { int before = *p; *p += x; return before; }
+static int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
+  return c;
+}
+#define __CUDACC__
+#define __CUDA_ARCH__ 800
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(n)
+KERNEL_SOURCE
+static void fiber() { unsigned t = threadIdx.x; body(); finished[t] = 1; swapcontext(&fibers[t], &scheduler); }
+static void launch(std::function<void()> kernel) {
+  static std::vector<std::vector<char>> stacks(64, std::vector<char>(1 << 18));
+  body = kernel; gridDim.x = 2; blockDim.x = 64;
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
+    fibers.assign(64, ucontext_t()); finished.assign(64, 0);
+    for (int t = 0; t < 64; t++) {
+      getcontext(&fibers[t]);
+      fibers[t].uc_stack.ss_sp = stacks[t].data(); fibers[t].uc_stack.ss_size = 1 << 18;
+      makecontext(&fibers[t], fiber, 0);
+    }
+    for (bool alive = true; alive;) {
+      alive = false;
+      for (unsigned t = 0; t < 64; t++) if (!finished[t]) {
+        alive = true; threadIdx.x = t; swapcontext(&scheduler, &fibers[t]);
+      }
+    }
+  }
+}
+#define ENTRY(name, types, ...) extern "C" void simt_##name types { launch([=] { name(__VA_ARGS__); }); }
+ENTRY(score, (i8 *w, float *e, unsigned short *x, i64 *a, int T, u32 s, u32 t, float c, int *k, float *z, float *y,
+              int f, int l, void *m), w, e, x, a, T, s, t, c, k, z, y, f, l, m)
+ENTRY(update, (i8 *w, short *r, i8 *f, int p, u32 s, u32 t, float g, int a, int l, void *m),
+      w, r, f, p, s, t, g, a, l, m)
+ENTRY(bias, (i8 *w, i8 *b, int n, int f, int l, void *m), w, b, n, f, l, m)
+"""
+
+
+def simt_launcher(source, folder):
+    """launch() for KernelBackend, on an emulated GPU: two blocks of 64 threads, one after the other, dirty scratch."""
+    path = folder / f"{abs(hash(source))}.so"
+    code = SIMT.replace("KERNEL_SOURCE", source.replace('_Pragma("unroll")', ""))
+    flags = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-x", "c++"]
+    subprocess.run(["c++", *flags, "-o", str(path), "-"], input=code, text=True, check=True)
+    lib = ctypes.CDLL(str(path))
+    size = np.zeros(2, np.int32)
+    lib.scratch_bytes(ctypes.c_void_p(size.ctypes.data))
+    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
+
+    def launch(name, tasks, args, out):
+        scratch = np.full(2 * int(size.max()) + 64, 0xCD, np.uint8)
+        argv = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
+                types[type(a)](a) if a is not None else None for a in args]
+        getattr(lib, f"simt_{name}")(*argv, 0, tasks, ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
+
+    return launch
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs Linux and a C++ compiler")
+@given(configs(most=40), SEEDS, RANKS, st.integers(1, 70), st.integers(1, 5))
+@examples(6)
+def test_cuda_branch_equals_numpy_on_an_emulated_gpu(tmp_path_factory, cfg, seed, rank, T, members):
+    m, text = random_model(cfg, seed), random_text(cfg)
+    start = np.random.default_rng(seed).integers(0, 200, members)
+    launch = simt_launcher(E.kernel_source(cfg, rank), tmp_path_factory.mktemp("simt"))
+    cuda, numpy = E.KernelBackend(cfg, rank, "cuda", launch), E.NumpyBackend(cfg, rank)
+    one, two = (run(b, m, text, start, T, (seed, 4, 1.5)) for b in (cuda, numpy))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+    f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
+    other = replace(m, q=m.q.copy(), residual=m.residual.copy())
+    cuda.update(m, f, seed, 4, 77.7)
+    numpy.update(other, f, seed, 4, 77.7)
+    np.testing.assert_array_equal(m.q, other.q)
+    np.testing.assert_array_equal(m.residual, other.residual)
