@@ -357,8 +357,8 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
     def vec(name: str) -> np.ndarray:
         """A vector parameter of each member, float32 [P or 1, 1, D]."""
         q = model.weight(name).astype(F32)[None]
-        for k in range(noise.rank if noise else 0):
-            q = q + low_rank(name)[0][:, k]
+        for cA in low_rank(name)[0].swapaxes(0, 1) if noise else ():
+            q = q + cA
         return (q * model.scales(name))[:, None]
 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
@@ -1005,18 +1005,22 @@ KERNEL scratch_bytes(int *bytes) { bytes[0] = sizeof(Member); bytes[1] = sizeof(
 """
 
 
+def update_units(cfg: Config) -> list[tuple[str, int]]:
+    """The tasks of an update: parameter name and first row; a vector is one row."""
+    return [(name, row) for name, p in cfg.params.items() for row in range(0, p.out if p.cols else 1, UNIT)]
+
+
 def kernel_source(cfg: Config, rank: int) -> str:
     """The kernel with a model's shape as compile-time constants, and its parameter table."""
     kinds = [n[9:] for n in replace(cfg, layers=2).params if n.startswith("blocks.1.")]
     globals_ = [n for n in cfg.params if not n.startswith("blocks.") or ".ln0." in n]
     names = globals_ + [f"blocks.{layer}.{kind}" for layer in range(cfg.layers) for kind in kinds]
-    rows, vec, units = [], 0, []
-    for i, name in enumerate(names):
+    rows, vec = [], 0
+    for name in names:
         p = cfg.params.get(name)  # layer 0 has no value residual
         rows.append((p.out, p.cols, p.at, p.row, p.word, vec) if p else (0,) * 6)
-        if p:
-            vec += 0 if p.cols else p.out
-            units += [(i, row) for row in range(0, p.out if p.cols else 1, UNIT)]
+        vec += p.out if p and not p.cols else 0
+    units = [(names.index(name), row) for name, row in update_units(cfg)]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
         "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "VECTORS": vec, "KINDS": len(kinds),
@@ -1097,7 +1101,7 @@ class KernelBackend:
 
     def __init__(self, cfg: Config, rank: int, name: str, launch: Callable[..., None]) -> None:
         self.cfg, self.rank, self.name, self.launch = cfg, rank, name, launch
-        self.units = sum(-(-p.out // UNIT) if p.cols else 1 for p in cfg.params.values())
+        self.units = len(update_units(cfg))
         self.biased = np.zeros(cfg.sizes[0], np.int8)
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
@@ -1166,21 +1170,25 @@ def compile_c(source: str, flags: str) -> Path:
     return path
 
 
+def c_arguments(args: tuple) -> list:
+    """Arrays as pointers, numpy scalars as C numbers, None as a null pointer."""
+    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
+    return [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
+            types[type(a)](a) if a is not None else None for a in args]
+
+
 def c_launcher(source: str, threads: int, flags: str = NATIVE) -> Callable[..., None]:
     """launch(kernel, tasks, args, out) on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
     lib = ctypes.CDLL(str(compile_c(source, flags)))
-    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
     size = np.zeros(2, np.int32)
-    lib.scratch_bytes(ctypes.c_void_p(size.ctypes.data))
+    lib.scratch_bytes(*c_arguments((size,)))
     free: queue.SimpleQueue = queue.SimpleQueue()
     for _ in range(threads):
         free.put(np.empty(int(size.max()) + 64, np.uint8))
     pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def launch(name: str, tasks: int, args: tuple, out: list[np.ndarray]) -> None:
-        kernel = getattr(lib, name)
-        argv = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
-                types[type(a)](a) if a is not None else None for a in args]
+        kernel, argv = getattr(lib, name), c_arguments(args)
         pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several for each thread, in case one is held up
 
         def run(i: int) -> None:
@@ -1334,13 +1342,13 @@ def yardsticks(path: Path, train: np.ndarray, val: np.ndarray) -> dict[str, floa
     return found
 
 
-STATE = ("q", "scale", "residual")  # a model's arrays
+ARRAYS = ("q", "scale", "residual")  # a model's arrays
 
 
 def save_model(model: Model, path: Path) -> None:
     """Write model.npz (plain numpy arrays) whole or not at all."""
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
-    arrays = {k: getattr(model, k) for k in STATE} | {"meta": np.frombuffer(meta, np.uint8)}
+    arrays = {k: getattr(model, k) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "wb") as f:
         np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
@@ -1351,18 +1359,18 @@ def save_model(model: Model, path: Path) -> None:
 
 def digest(arrays: dict[str, np.ndarray]) -> bytes:
     """SHA-256 of a saved model's arrays."""
-    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in (*STATE, "meta"))).digest()
+    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in (*ARRAYS, "meta"))).digest()
 
 
 def load_model(path: Path) -> Model:
     """Read model.npz; raises UserError unless every byte is as it was written."""
     try:
         with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in (*STATE, "meta", "check")}
+            arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
         if digest(arrays) != arrays["check"].tobytes():
             raise ValueError("its checksum is wrong")
         meta = json.loads(arrays["meta"].tobytes())
-        q, scale, residual = (arrays[k] for k in STATE)
+        q, scale, residual = (arrays[k] for k in ARRAYS)
         m = Model(Config(**meta["config"]), q, scale, residual, meta["step"], meta["extra"])
         size, rows, _ = m.cfg.sizes
         if [(a.dtype, a.shape) for a in (m.q, m.scale, m.residual)] != [
@@ -1452,8 +1460,11 @@ def plot(out: Path, marks: dict[str, float]) -> None:
     print(f"curve {out / 'curve.png'}")
 
 
-def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> None:
-    """Train from model.step to es.steps; log.csv and model.npz go to `out` at every validation and after Ctrl-C."""
+def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> float:
+    """Train from model.step to es.steps, return the validation bits/byte.
+
+    log.csv and model.npz go to `out` at every validation, the last step's among them; model.npz also after Ctrl-C.
+    """
     every = max(1, es.steps // 20)  # steps between validations
     stop: list[int] = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1469,26 +1480,25 @@ def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndar
             now = time.perf_counter()
             speed = (model.step - first) * per_step / (now - began)
             validate = model.step % every == 0 or model.step == es.steps
-            if validate:
-                val_bits, mean = evaluate(model, backend, val, es.tokens), sum(costs) / len(costs)
-                log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
-                          f"{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
-                save_model(model, out / "model.npz")
             if validate or (live and now - shown > 0.2):
-                shown = now
+                shown, mean = now, sum(costs) / len(costs)
+                if validate:
+                    val_bits, costs = evaluate(model, backend, val, es.tokens), []
+                    log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
+                              f"{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
+                    save_model(model, out / "model.npz")
                 left = (es.steps - model.step) * per_step / speed
-                line = (f"step {model.step}/{es.steps}  train {sum(costs) / len(costs):.3f}  validation {val_bits:.3f} "
+                line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val_bits:.3f} "
                         f"bits/byte  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
                 print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
-            if validate:
-                costs = []
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if live:
         print()
-    save_model(model, out / "model.npz")
     if stop:
+        save_model(model, out / "model.npz")
         raise UserError(f"stopped at step {model.step} of {es.steps} and saved: to go on, use --resume --out {out}")
+    return val_bits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1585,11 +1595,11 @@ def prepare_out(out: Path | None) -> Path:
 
 def steps_for(minutes: float, model: Model, backend: Backend, es: ES, text: np.ndarray) -> int:
     """How many steps take this long here, from a few steps of a copy."""
-    trial = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0)
-    es_step(trial, backend, text, replace(es, steps=2**31))  # warms up
+    trial, es = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0), replace(es, steps=2**31)
+    es_step(trial, backend, text, es)  # warms up
     began = time.perf_counter()
     while trial.step < 3 or time.perf_counter() - began < 0.6 * minutes:
-        es_step(trial, backend, text, replace(es, steps=2**31))
+        es_step(trial, backend, text, es)
     return max(1, round((trial.step - 1) * 60 * minutes / (time.perf_counter() - began)))
 
 
@@ -1638,7 +1648,7 @@ def run(a: argparse.Namespace) -> None:
     backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
     out = out if a.resume else prepare_out(out)
     marks = yardsticks(data, text, val)
-    print("bits/byte of " + data.name + ": " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
+    print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
     if a.minutes is not None and not a.resume:
         es = replace(es, steps=steps_for(a.minutes, model, backend, es, text))
         print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
@@ -1646,12 +1656,12 @@ def run(a: argparse.Namespace) -> None:
         model.step, model.extra = 0, {"es": asdict(es), "data": str(data)}
     print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
           f"backend {backend.name}, {a.threads or cores()} threads")
-    train(model, backend, es, text, val, out)
+    bits = train(model, backend, es, text, val, out)
     if a.plot:
         plot(out, marks)
     write_sample(model, backend, "", es.seed)
     print(f"model {out / 'model.npz'}")
-    print(f"bits/byte {evaluate(model, backend, val, es.tokens):.4f}")
+    print(f"bits/byte {bits:.4f}")
     print(f"weights sha256 {model.sha256()}")
     return None
 

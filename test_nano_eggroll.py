@@ -425,6 +425,24 @@ def test_segments_stay_inside_the_text(n, tokens, seed, step):
 # The backends agree to the bit
 
 
+def assert_equals_numpy(backend, seed, T, members, sigma):
+    """Scores, logits, states, weights and residuals of a kernel are those of the reference, to the bit."""
+    cfg = backend.cfg
+    m, text = random_model(cfg, seed), random_text(cfg)
+    start = np.random.default_rng(seed).integers(0, 200, members)
+    numpy = E.NumpyBackend(cfg, backend.rank)
+    for s in (sigma, 0.0):
+        one, two = (run(b, m, text, start, T, (seed, 4, s)) for b in (backend, numpy))
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_array_equal(a, b)
+    f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
+    other = replace(m, q=m.q.copy(), residual=m.residual.copy())
+    backend.update(m, f, seed, 4, 77.7)
+    numpy.update(other, f, seed, 4, 77.7)
+    np.testing.assert_array_equal(m.q, other.q)
+    np.testing.assert_array_equal(m.residual, other.residual)
+
+
 NATIVE = ["-march=native", "-march=native -O1"]
 if platform.machine() in ("x86_64", "AMD64"):  # the same source without VNNI, without AVX2, and with the 256-bit VNNI
     cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
@@ -437,20 +455,8 @@ if platform.machine() in ("x86_64", "AMD64"):  # the same source without VNNI, w
        st.integers(1, 5))
 @examples(4)
 def test_c_equals_numpy(flags, cfg, seed, rank, T, members, sigma, threads):
-    m, text = random_model(cfg, seed), random_text(cfg)
-    start = np.random.default_rng(seed).integers(0, 200, members)
-    c = E.KernelBackend(cfg, rank, "c", E.c_launcher(E.kernel_source(cfg, rank), threads, flags))
-    numpy = E.NumpyBackend(cfg, rank)
-    for s in (sigma, 0.0):
-        one, two = (run(b, m, text, start, T, (seed, 4, s)) for b in (c, numpy))
-        for a, b in zip(one, two, strict=True):
-            np.testing.assert_array_equal(a, b)
-    f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
-    other = replace(m, q=m.q.copy(), residual=m.residual.copy())
-    c.update(m, f, seed, 4, 77.7)
-    numpy.update(other, f, seed, 4, 77.7)
-    np.testing.assert_array_equal(m.q, other.q)
-    np.testing.assert_array_equal(m.residual, other.residual)
+    launch = E.c_launcher(E.kernel_source(cfg, rank), threads, flags)
+    assert_equals_numpy(E.KernelBackend(cfg, rank, "c", launch), seed, T, members, sigma)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -804,14 +810,12 @@ def simt_launcher(source, folder):
     subprocess.run(["c++", *flags, "-o", str(path), "-"], input=code, text=True, check=True)
     lib = ctypes.CDLL(str(path))
     size = np.zeros(2, np.int32)
-    lib.scratch_bytes(ctypes.c_void_p(size.ctypes.data))
-    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
+    lib.scratch_bytes(*E.c_arguments((size,)))
 
     def launch(name, tasks, args, out):
         scratch = np.full(2 * int(size.max()) + 64, 0xCD, np.uint8)
-        argv = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
-                types[type(a)](a) if a is not None else None for a in args]
-        getattr(lib, f"simt_{name}")(*argv, 0, tasks, ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
+        at = ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64)
+        getattr(lib, f"simt_{name}")(*E.c_arguments(args), 0, tasks, at)
 
     return launch
 
@@ -820,16 +824,5 @@ def simt_launcher(source, folder):
 @given(configs(most=40), SEEDS, RANKS, st.integers(1, 70), st.integers(1, 5))
 @examples(6)
 def test_cuda_branch_equals_numpy_on_an_emulated_gpu(tmp_path_factory, cfg, seed, rank, T, members):
-    m, text = random_model(cfg, seed), random_text(cfg)
-    start = np.random.default_rng(seed).integers(0, 200, members)
     launch = simt_launcher(E.kernel_source(cfg, rank), tmp_path_factory.mktemp("simt"))
-    cuda, numpy = E.KernelBackend(cfg, rank, "cuda", launch), E.NumpyBackend(cfg, rank)
-    one, two = (run(b, m, text, start, T, (seed, 4, 1.5)) for b in (cuda, numpy))
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_array_equal(a, b)
-    f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
-    other = replace(m, q=m.q.copy(), residual=m.residual.copy())
-    cuda.update(m, f, seed, 4, 77.7)
-    numpy.update(other, f, seed, 4, 77.7)
-    np.testing.assert_array_equal(m.q, other.q)
-    np.testing.assert_array_equal(m.residual, other.residual)
+    assert_equals_numpy(E.KernelBackend(cfg, rank, "cuda", launch), seed, T, members, 1.5)
