@@ -458,36 +458,60 @@ typedef long long i64;
 #ifdef __CUDACC__
   typedef float vf;
   typedef int vi;
+  typedef unsigned vu;
   #define restrict __restrict__
+  #ifndef SHARED
+    #define SHARED 49152                          // bytes of shared memory that a block may have
+  #endif
   #define LANES 32
-  #define ROWS 4                                  // rows of a matrix that share one read of the activations
-  #define BIAS 0                                  // what is added to weights to make them unsigned, see unbias
+  #define BIAS 0                                  // what is added to weights to make them unsigned, see `start`
+  #define WARPS (THREADS / LANES)
+  #define WARP ((int)(threadIdx.x / LANES))
   #define LANE ((int)(threadIdx.x % LANES))
+  #define EACH(i, n) for (int i = WARP; i < (n); i += WARPS)                 // dealt out to the warps
+  #define SPREAD(i, n) for (int i = LANE; i < (n); i += LANES)               // to the lanes of a warp
+  #define FLAT(i, n) for (int i = threadIdx.x; i < (n); i += THREADS)        // to the threads
+  #define TASKS(i) for (int i = first + blockIdx.x; i < last; i += gridDim.x)  // to the blocks
   #define FOR_LANE(l) for (int l = LANE, once_ = 1; once_; once_ = 0)
-  #define EACH(i, n) for (int i = threadIdx.x / LANES; i < (n); i += blockDim.x / LANES)  // dealt out to the warps
-  #define FLAT(i, n) for (int i = threadIdx.x; i < (n); i += blockDim.x)                  // dealt out to the threads
-  #define TASKS(i) for (int i = first + blockIdx.x; i < last; i += gridDim.x)             // dealt out to the blocks
-  #define TABLET(t, d, n) EACH(d, n) FOR_LANE(t)
-  #define SCRATCH(type) type *s = (type *)scratch + blockIdx.x
   #define SYNC __syncthreads()
+  // A struct for fast memory: shared memory where it fits, else the block's scratch (and so the L2 cache).
+  #define FAST(type, name, other) \
+    extern __shared__ int4 shared_memory[]; \
+    type *name = sizeof(type) <= SHARED ? (type *)shared_memory : (other)
+  #define SLOT(scratch, type) ((type *)(scratch) + blockIdx.x)
+  #define ALIGNED __align__(64)
+  #define GROUP (D <= 64 ? D : 64 % N == 0 ? 64 : N % 16 == 0 ? N : D)       // whole heads that fit fast memory
+  #define STRIDE 36                               // from row to row of a buffer: rows 0 to 7 in different banks
+  #define CODES(n) (PAD(n, 64) + 16)              // bytes from lane to lane of codes, an odd multiple of 16
+  #define CODE_WORDS(n) (LANES * CODES(n) / 4)
+  #define CODE(codes, n, k) ((codes)[LANE * (CODES(n) / 4) + (k)])           // word k of this lane
+  // Weights are packed in blocks of 16 rows x 64 columns, of which a thread of a warp takes 2 x 16 bytes.
+  #define PAD(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
+  #define PACKED_AT(o, k, cols) (((o) / 16 * (PAD(cols, 64) / 64) + (k) / 64) * 1024 + (o) % 16 * 64 + (k) % 64)
+  #define COLUMN_BLOCKS 8                         // blocks of LANES columns that an update works on at a time
+  #define V1(x) ((x)[LANE])                       // all lanes of one
+  #define Q1(x) ((x)[LANE])
   #define V(x, d) ((x)[d][LANE])                  // all lanes of channel d of a float buffer
   #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
   #define INLINE static __device__ __forceinline__
-  #define KERNEL extern "C" __global__ void __launch_bounds__(256)
+  #define PART static __device__ __noinline__     // a part of the pass: inlined, it would not fit the instruction cache
+  #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
   #define CONSTANT static __device__ const
   #define UNROLL _Pragma("unroll")
   #define I2F(x) ((float)(x))
   #define splat(x) (x)
-  #define ZERO 0
-  #define AT(v, l) (v)                            // lane l of a register
+  #define isplat(x) (x)
+  #define LANE_OF(v, l) __shfl_sync(~0u, v, l)    // of a register, asked for by all lanes
+  #define AT(v, l) (v)                            // lane l of a register, in FOR_LANE(l)
   #define AS_I(x) __float_as_int(x)
   #define AS_F(x) __int_as_float(x)
   #define ADD(p, x) atomicAdd(p, x)               // of integers, so the order does not matter
   #define RINT(x) rintf(x)
   #define VECTOR(op) f##op##f                     // fmaxf, fminf
   #define fsqrtf sqrtf
+  #define STORED 0                                // is a member's noise kept? Here it is rebuilt whenever it is needed
   INLINE vf before(const float *x, float carry) { return LANE ? x[LANE - 1] : carry; }  // shifted by one lane
-  INLINE vi dot4(vi acc, vi x, int w) {           // acc + the four products of the bytes of x and w
+  INLINE vi dot4(vi acc, vi x, vi w) {            // acc + the four products of the bytes of x and w
   #if __CUDA_ARCH__ >= 610
     return __dp4a(x, w, acc);
   #else
@@ -495,6 +519,11 @@ typedef long long i64;
     return acc;
   #endif
   }
+  #if __CUDA_ARCH__ >= 800 && !defined MMA        // c += a b, int8 16x32 times 32x8, dealt out over a warp (PTX manual)
+    #define MMA(c, a0, a1, a2, a3, b0, b1) \
+      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+          : "+r"((c)[0]), "+r"((c)[1]), "+r"((c)[2]), "+r"((c)[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+  #endif
 #else
   #include <string.h>
   #ifdef __SSE2__
@@ -504,9 +533,9 @@ typedef long long i64;
   #endif
   #ifdef __AVX512VNNI__
     #define LANES 16
-    #define ROWS 16
+    #define ROWS 16                               // rows of a matrix that share one read of the activations
     #define BIAS 128                              // vpdpbusd multiplies unsigned by signed bytes
-    #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), _mm512_set1_epi32(w), (__m512i)(x)))
+    #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
     #define VECTOR(op) _mm512_##op##_ps
   #elif defined __AVX2__
     #define LANES 8
@@ -514,13 +543,12 @@ typedef long long i64;
     #define VECTOR(op) _mm256_##op##_ps
     #ifdef __AVXVNNI__
       #define BIAS 128
-      #define dot4(acc, x, w) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), _mm256_set1_epi32(w), (__m256i)(x)))
+      #define dot4(acc, x, w) ((vi)_mm256_dpbusd_avx_epi32((__m256i)(acc), (__m256i)(w), (__m256i)(x)))
     #else
       #define BIAS 0
-      #define ODD(x) _mm256_srai_epi16(x, 8)      // odd and even bytes as 16-bit integers, for vpmaddwd
-      #define EVEN(x) ODD(_mm256_slli_epi16(x, 8))
-      #define dot4(acc, x, w) ((acc) + (vi)_mm256_madd_epi16(ODD((__m256i)(x)), ODD(_mm256_set1_epi32(w))) \
-                                     + (vi)_mm256_madd_epi16(EVEN((__m256i)(x)), EVEN(_mm256_set1_epi32(w))))
+      #define ODD(x) _mm256_srai_epi16((__m256i)(x), 8)  // odd and even bytes as 16-bit integers, for vpmaddwd
+      #define EVEN(x) ODD(_mm256_slli_epi16((__m256i)(x), 8))
+      #define dot4(acc, x, w) ((acc) + (vi)_mm256_madd_epi16(ODD(x), ODD(w)) + (vi)_mm256_madd_epi16(EVEN(x), EVEN(w)))
     #endif
   #else
     #define LANES 4
@@ -532,35 +560,50 @@ typedef long long i64;
       #define VECTOR(op) _mm_##op##_ps
     #endif
     #ifdef __ARM_FEATURE_DOTPROD
-      #define dot4(acc, x, w) ((vi)vdotq_s32((int32x4_t)(acc), (int8x16_t)(x), (int8x16_t)vdupq_n_s32(w)))
+      #define dot4(acc, x, w) ((vi)vdotq_s32((int32x4_t)(acc), (int8x16_t)(x), (int8x16_t)(w)))
     #else
-      #define dot4(acc, x, w) ((acc) + ((x) << 24 >> 24) * (i8)(w) + ((x) << 16 >> 24) * (i8)((w) >> 8) \
-                                     + ((x) << 8 >> 24) * (i8)((w) >> 16) + ((x) >> 24) * ((w) >> 24))
+      #define BYTE(x, b) ((x) << (24 - 8 * (b)) >> 24)
+      #define dot4(acc, x, w) ((acc) + BYTE(x, 0) * BYTE(w, 0) + BYTE(x, 1) * BYTE(w, 1) \
+                                     + BYTE(x, 2) * BYTE(w, 2) + BYTE(x, 3) * BYTE(w, 3))
     #endif
   #endif
   typedef float vf __attribute__((vector_size(4 * LANES), may_alias));
   typedef int vi __attribute__((vector_size(4 * LANES), may_alias));
-  #define FOR_LANE(l) for (int l = 0; l < LANES; l++)
+  typedef u32 vu __attribute__((vector_size(4 * LANES), may_alias));
   #define EACH(i, n) for (int i = 0; i < (n); i++)
+  #define SPREAD EACH
   #define FLAT EACH
+  #define FOR_LANE(l) EACH(l, LANES)
   #define TASKS(i) for (int i = first; i < last; i++)
-  #define TABLET(t, d, n) FOR_LANE(t) EACH(d, n)
-  #define SCRATCH(type) type *s = (type *)scratch
   #define SYNC
-  #define RINT(x) __builtin_rintf(x)
+  #define STORED !BATCH
+  #define FAST(type, name, other) type *name = (other)
+  #define SLOT(scratch, type) ((type *)(scratch))
+  #define ALIGNED __attribute__((aligned(64)))
+  #define GROUP D
+  #define STRIDE LANES
+  #define CODE_WORDS(n) (LANES * (((n) + 15) / 16 * 4))
+  #define CODE(codes, n, k) (*(vi *)((codes) + (k) * LANES))
+  #define PAD(n, unit) (n)
+  #define PACKED_AT(o, k, cols) ((o) * (cols) + (k))
+  #define COLUMN_BLOCKS 1
+  #define V1(x) (*(vf *)(x))
+  #define Q1(x) (*(vi *)(x))
   #define V(x, d) (*(vf *)(x)[d])
   #define Q(x, d) (*(vi *)(x)[d])
   #define INLINE static inline __attribute__((always_inline))
+  #define PART INLINE
   #define KERNEL void
   #define CONSTANT static const
   #define UNROLL _Pragma("GCC unroll 16")
   #define I2F(x) __builtin_convertvector(x, vf)
   #define splat(x) ((x) - (vf){0})
-  #define ZERO ((vi){0})
+  #define isplat(x) ((x) + (vi){0})
   #define AT(v, l) (v)[l]
   #define AS_I(x) ((vi)(x))
   #define AS_F(x) ((vf)(x))
   #define ADD(p, x) (*(p) += (x))
+  #define RINT(x) __builtin_rintf(x)
   INLINE vf before(const float *x, float carry) {  // shifted by one lane
     vf y;
     memcpy(&y, x - 1, sizeof y);
@@ -573,11 +616,9 @@ typedef long long i64;
 KERNEL = r"""
 #define H (D / N)
 #define STATE (D * (2 + N))                       // of a layer: two token shifts and S^T of every head
-#define TOKENS(buffer) float buffer[LANES]
+#define TOKENS(buffer) float buffer[STRIDE]
 #define WORDS_OF(n) (((n) + 31) / 32)             // noise words for n entries
-#define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a factor starts, given its first word
-typedef float (*buf)[LANES];
-typedef int (*block)[LANES];
+typedef float (*buf)[STRIDE];
 
 // ---- arithmetic: the functions of the same names in Python, operation by operation
 
@@ -589,6 +630,9 @@ INLINE vf vmax(vf a, vf b) { return VECTOR(max)(a, b); }
 INLINE vf vmin(vf a, vf b) { return VECTOR(min)(a, b); }
 INLINE vf vabs(vf x) { return AS_F(AS_I(x) & 0x7FFFFFFF); }
 
+// Eight running results folded in halves.
+#define FOLD(op, s) op(op(op((s)[0], (s)[4]), op((s)[2], (s)[6])), op(op((s)[1], (s)[5]), op((s)[3], (s)[7])))
+
 // Combines `term` over i < n: eight running results, then folded in halves.
 #define REDUCE(op, start, result, i, n, term) vf result; { \
     vf s_[8]; \
@@ -597,8 +641,28 @@ INLINE vf vabs(vf x) { return AS_F(AS_I(x) & 0x7FFFFFFF); }
       int i = i0_ + l_; \
       if (i < (n)) s_[l_] = op(s_[l_], term); \
     } \
-    result = op(op(op(s_[0], s_[4]), op(s_[2], s_[6])), op(op(s_[1], s_[5]), op(s_[3], s_[7]))); }
+    result = FOLD(op, s_); }
 #define SUM(result, i, n, term) REDUCE(vadd, 0.0f, result, i, n, term)
+
+// The same by all warps of a block: each takes some of the running results (`slots` of them; 8 where order matters).
+#ifdef __CUDACC__
+  #define REDUCE_ALL(op, slots, start, result, i, n, term) vf result; { \
+      FAST(Fast, s_fast_, m->s); \
+      for (int l_ = WARP; l_ < (slots); l_ += WARPS) { \
+        vf part_ = start; \
+        for (int i = l_; i < (n); i += (slots)) part_ = op(part_, term); \
+        s_fast_->part[m->turn][l_][LANE] = part_; \
+      } \
+      SYNC; \
+      vf s_[slots]; \
+      UNROLL for (int l_ = 0; l_ < (slots); l_++) s_[l_] = s_fast_->part[m->turn][l_][LANE]; \
+      result = (slots) > 8 ? op(FOLD(op, s_), FOLD(op, s_ + (slots) - 8)) : FOLD(op, s_); \
+      m->turn ^= 1; }                             // so that the next results do not overwrite these
+#else
+  #define REDUCE_ALL(op, slots, start, result, i, n, term) REDUCE(op, start, result, i, n, term)
+#endif
+#define SUM_ALL(result, i, n, term) REDUCE_ALL(vadd, 8, 0.0f, result, i, n, term)
+#define TOP_ALL(start, result, i, n, term) REDUCE_ALL(vmax, 16, start, result, i, n, term)
 
 INLINE vf exp2_(vf y) {
   y = vmin(vmax(y, splat(-126.0f)), splat(126.0f));
@@ -617,324 +681,600 @@ INLINE vf log2_(vf x) {
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp2_(-LOG2E * x)); }
 INLINE vf tanh_(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
-// ---- noise
+// ---- noise: one word of a pair's stream holds 32 entries
 
-INLINE u32 mix(u32 x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
+#define MIX(type, name) INLINE type name(type x) { \
+    x = (x ^ (x >> 16)) * 0x7FEB352Du; \
+    x = (x ^ (x >> 15)) * 0x846CA68Bu; \
+    return x ^ (x >> 16); }
+MIX(u32, mix)
+MIX(vu, mix_lanes)
 INLINE u32 key0(u32 seed, u32 step, u32 pair) { return mix(mix(mix(seed) + step) + pair); }
 INLINE u32 key1(u32 seed, u32 step, u32 pair) { return mix(mix(mix(~seed) + pair) + step); }
 INLINE u32 noise_word(u32 k0, u32 k1, u32 word) { return mix(mix(word + k0) ^ k1); }
 
-// ---- the forward pass
+// Entry j of a word as a sign bit: x ^ minus(h, j) is x times the entry.
+INLINE vi minus(vu h, int j) { return (vi)(~h << (31 - j)) & (int)0x80000000; }
+
+// Four entries of a word from entry j as bytes +-1 + BIAS: the multiplication puts four bits at the ends of four bytes.
+#define BYTES(h, j) (~((((h) >> (j) & 15) * 0x00204081u & 0x01010101u) * 0xFE) ^ BIAS * 0x01010101u)
+
+// ---- the forward pass of a task: T tokens of one member, LANES at a time, or BATCH: of LANES members, one at a time
 
 #define WIDEST (F > D ? F : D)
-typedef struct {                                  // what one task needs; reused from member to member
-  TOKENS(x[D]); TOKENS(h[D]); TOKENS(dx[D]); TOKENS(xm[D]); TOKENS(r[D]); TOKENS(w[D]); TOKENS(k[D]); TOKENS(v[D]);
-  TOKENS(a[D]); TOKENS(g[D]); TOKENS(kk[D]); TOKENS(y[D]); TOKENS(v_first[D]); TOKENS(wide[WIDEST]);
-  TOKENS(lora[LORA]); TOKENS(logits[VOCAB]);
-  int q[(WIDEST > LORA ? WIDEST : LORA) / 4 + 1][LANES];  // quantised inputs of a product, four channels to a word,
-  int start[1][LANES];                            // and what its sums start from
-  float state[L * STATE];
-  float vec[VECTORS];                             // the member's own vector parameters
-  i8 noise[COLUMN(R, 0)];                         // +-1 + BIAS: A of tensor t at its t.word, then B
-  int minus[COLUMN(R, 0)];                        // its sign bits: x ^ minus is x times the noise
-  int pair;                                       // whose noise this is
-} Member;
+#define INPUT(name, n) int name[LANES * (2 + R) + CODE_WORDS(n)]
+typedef struct {                                  // a quantised input of a product
+  float sx[LANES];                                // scale of each lane
+  int p[R][LANES];                                // the products of its codes with B
+  int start[LANES];                               // what sums with biased weights start from: -BIAS times sum of codes
+  int q[4];                                       // codes: int8, four channels to a word; there are CODE_WORDS
+} Input;
 
-typedef struct { const i8 *w; const float *scale; Member *s; float c; int rank; } Model;
-
-#define BLOCK(kind) (GLOBALS + l * KINDS + kind)  // a parameter of layer l
-#define VEC(kind) (vec + TABLE[BLOCK(kind)].vec)
-#define MATMUL(y, kind, out, cols) matmul(y, m, sx, TABLE[BLOCK(kind)], out, cols)
-#define SIGNED(biased) ((i8)((biased) - BIAS))
-
-INLINE int load4(const i8 *w, int cols) {         // four neighbours in a row of `cols`, which may start anywhere
+typedef struct ALIGNED {                          // a task's activations, in fast memory
+  union {                                         // what is not needed at the same time
+    struct { TOKENS(h[D]); TOKENS(dx[D]); INPUT(in_w, D); INPUT(in_a, D); INPUT(in_g, D); INPUT(in_u, D); };
+    struct { TOKENS(y[D]); TOKENS(r[GROUP]); TOKENS(w[GROUP]); TOKENS(k[GROUP]); TOKENS(v[GROUP]); TOKENS(a[GROUP]);
+             TOKENS(g[GROUP]); TOKENS(kk[GROUP]); TOKENS(norm[GROUP / N]); TOKENS(mean[GROUP / N]);
+             TOKENS(bonus[GROUP / N]); };
+    struct { TOKENS(wide[WIDEST]); INPUT(in_wide, F); };
+  };
+  INPUT(in_r, D); INPUT(in_k, D); INPUT(in_v, D);
+  INPUT(lora_w, LORA_W); INPUT(lora_a, LORA_A); INPUT(lora_g, LORA_G); INPUT(lora_v, LORA_V);
+  TOKENS(lora[4][LORA]);
 #ifdef __CUDACC__
-  return cols % 4 ? (w[0] & 255) | (w[1] & 255) << 8 | (w[2] & 255) << 16 | w[3] << 24 : *(const int *)w;
+  float part[2][16][LANES];                       // of a sum over all channels
+#endif
+#if !BATCH
+  float vec[STORED ? VECTORS : LAYER_VECTORS];    // the member's own vector parameters
+#endif
+#if STORED
+  i8 noise[32 * R * WORDS];                       // +-1 + BIAS: A of tensor t at its t.word, then B
+  int minus[32 * R * WORDS];                      // its sign bits
+  int pair;                                       // whose noise this is
+#endif
+} Fast;
+
+typedef struct ALIGNED {                          // what a task touches less often
+  TOKENS(x[D]); TOKENS(v_first[D]); TOKENS(logits[VOCAB]);
+  float state[L * STATE];
+#if BATCH
+  TOKENS(vec[LAYER_VECTORS]);
+#endif
+#if NAIVE
+  i8 packed[PACKED];                              // the member's own weights
+#endif
+  Fast fast;
+} Task;
+
+typedef struct {
+  const i8 *w, *packed;                           // weights row by row, and as the product wants them
+  const float *scale;
+  Fast *s;
+  Task *g;
+  float *state;                                   // of lane 0; with BATCH the next lane's is L * STATE further
+  vf c;                                           // sigma / sqrt(R), or minus that
+  vu k0, k1;                                      // keys of the pair's noise
+  int rank, lanes;                                // R or, without noise, 0; lanes in use
+  int vec;                                        // the first of the vectors that are at hand
+  int turn, dealt;                                // of s->part; how many tiles have been dealt out to warps
+} Model;
+
+#define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
+#define SIGNED(biased) ((i8)((biased) - BIAS))
+#define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a stored factor starts, given its first word
+
+INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
+  return mix_lanes(mix_lanes((u32)(k * WORDS + word) + m->k0) ^ m->k1);
+}
+
+#if BATCH
+  #define PARAM(t, d) V(m->g->vec, (t).vec - m->vec + (d))  // a vector parameter
 #else
-  int x;
-  memcpy(&x, w, 4);
-  return x;
+  #define PARAM(t, d) (m->s->vec[(t).vec - m->vec + (d)])
+#endif
+#if STORED  // word `w` starts the entries meant: entries 4i to 4i+3 as bytes, and entry o
+  #define FOUR(k, w, i) isplat(load4(m->s->noise + COLUMN(k, w) + 4 * (i)))
+  #define ENTRY(k, w, o) SIGNED(m->s->noise[COLUMN(k, w) + (o)])
+#else
+  #define FOUR(k, w, i) (vi)BYTES(noise(m, k, (w) + (i) / 8), (i) % 8 * 4)
+  #define ENTRY(k, w, o) ((int)(noise(m, k, (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
+#endif
+
+// input = the terms for d < n in int8, absmax 127, with their products with B of tensor t. Of the terms, those of a
+// warp's own channels (see EACH) must be there; it contains a SYNC, after which all must.
+#define QUANTISE(input, t, d, n, term) { \
+    Input *in_ = (Input *)(input); \
+    EACH(i_, 1) for (int k_ = 0; k_ < R; k_++) Q(in_->p, k_) = isplat(0); \
+    TOP_ALL(1e-30f, top_, d, n, vabs(term)) \
+    const vf inv_ = 127.0f / top_; \
+    vi sum_ = isplat(0), p_[R]; \
+    UNROLL for (int k_ = 0; k_ < R; k_++) p_[k_] = isplat(0); \
+    EACH(i_, ((n) + 15) / 16) UNROLL for (int j_ = 4 * i_; j_ < 4 * i_ + 4; j_++) { \
+      vi code_ = isplat(0); \
+      UNROLL for (int b_ = 0; b_ < 4; b_++) { \
+        const int d = 4 * j_ + b_; \
+        if (d < (n)) code_ |= (AS_I((term) * inv_ + MAGIC) & 255) << 8 * b_; \
+      } \
+      CODE(in_->q, n, j_) = code_; \
+      if (BIAS) sum_ = dot4(sum_, code_, isplat(0x01010101)); \
+      if (m->rank) UNROLL for (int k_ = 0; k_ < R; k_++) \
+        p_[k_] = dot4(p_[k_], code_, FOUR(k_, (t).word + WORDS_OF((t).out), j_)); \
+    } \
+    if (m->rank) UNROLL for (int k_ = 0; k_ < R; k_++) ADD(&Q(in_->p, k_), p_[k_] - sum_ * BIAS); \
+    EACH(i_, 1) V1(in_->sx) = top_ * (1.0f / 127); \
+    EACH(i_, 1) Q1(in_->start) = sum_ * -BIAS; }
+
+#ifdef __CUDACC__
+// c += 16 packed rows times the codes of 32 lanes, n long. A warp holds the 16 x 32 results so that c[j][i] of a thread
+// is row LANE / 4 + 8 (i / 2) and lane 8 (LANE % 4) + 4 (i % 2) + j: eight lanes in a row, for whole 16-byte stores.
+INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int stride) {
+#ifdef MMA  // which columns go together in a product is free as long as rows and codes agree: 16 bytes at a time do
+  for (int k = 0; k < n; k += 64) {
+    const int4 lo = ((const int4 *)(rows + 16 * k))[LANE], hi = ((const int4 *)(rows + 16 * k))[LANE + 32];
+    UNROLL for (int j = 0; j < 4; j++) {
+      const int lane = LANE / 8 * 8 + LANE / 4 % 2 * 4 + j;
+      const int4 x = *(const int4 *)((const i8 *)codes + lane * stride + k + LANE % 4 * 16);
+      MMA(c[j], lo.x, hi.x, lo.y, hi.y, x.x, x.y);
+      MMA(c[j], lo.z, hi.z, lo.w, hi.w, x.z, x.w);
+    }
+  }
+#else
+  for (int k = 0; k < n; k += 4) UNROLL for (int i = 0; i < 16; i++) {
+    const int row = LANE / 4 + i % 4 / 2 * 8, lane = LANE % 4 * 8 + i % 2 * 4 + i / 4;
+    const int *w = (const int *)(rows + PACKED_AT(row, k, n)), *x = (const int *)((const i8 *)codes + lane * stride + k);
+    c[i / 4][i % 4] = dot4(c[i / 4][i % 4], *x, *w);
+  }
 #endif
 }
 
-// What the sums of products with biased weights start from, so that the bias drops out: -BIAS times the sum of x.
-INLINE vi unbias(block x, int words) {
-  vi sum = ZERO;
-  if (BIAS) for (int k = 0; k < words; k++) sum = dot4(sum, Q(x, k), 0x01010101);
-  return sum * -BIAS;
-}
-
-// s->q = x of n channels in int8, absmax 127; returns the scale. Padding is 0, so what it meets does not matter.
-INLINE vf quantise(Member *s, buf x, int n) {
-  SYNC;
-  REDUCE(vmax, 1e-30f, top, d, n, vabs(V(x, d)))
-  vf inv = 127.0f / top;
-  EACH(k, (n + 3) / 4) {
-    vi word = ZERO;
-    UNROLL for (int b = 0; b < 4; b++)
-      if (4 * k + b < n) word |= (AS_I(V(x, 4 * k + b) * inv + MAGIC) & 255) << 8 * b;
-    Q(s->q, k) = word;
+// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x. Tiles are dealt out on from where the last matmul
+// stopped, so that small ones keep all warps busy. No SYNC.
+PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
+  const Input *in = (const Input *)input;
+  const int tiles = (rows + 15) / 16;
+  for (int i = (WARP + WARPS - m->dealt % WARPS) % WARPS; i < tiles; i += WARPS) {
+    const int o = first + 16 * i;
+    int acc[4][4] = {};
+    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, CODES(cols));
+    UNROLL for (int half = 0; half < 2; half++) {
+      const int row = o + LANE / 4 + 8 * half;
+      const float scale = row < t.out ? m->scale[t.row + row] : 0;
+      float z[8];
+      UNROLL for (int j = 0; j < 8; j++) z[j] = I2F(acc[j % 4][2 * half + j / 4]);
+      if (m->rank) UNROLL for (int k = 0; k < R; k++) {
+        const u32 h = noise(m, k, t.word + o / 32);
+        UNROLL for (int j = 0; j < 8; j++) {
+          const int lane = LANE % 4 * 8 + j;
+          const float xb = (BATCH && (lane ^ LANE) & 1 ? -m->c : m->c) * I2F(in->p[k][lane]);
+          z[j] = z[j] + AS_F(AS_I(xb) ^ minus(BATCH ? LANE_OF(h, lane) : h, row % 32));
+        }
+      }
+      UNROLL for (int j = 0; j < 8; j++) z[j] = z[j] * scale * in->sx[LANE % 4 * 8 + j];
+      float4 *to = (float4 *)(y[row - first] + LANE % 4 * 8);
+      if (row - first < rows) UNROLL for (int j = 0; j < 2; j++)
+        to[j] = make_float4(z[4 * j], z[4 * j + 1], z[4 * j + 2], z[4 * j + 3]);
+    }
   }
-  Q(s->start, 0) = unbias(s->q, (n + 3) / 4);
-  SYNC;
-  return top * (1.0f / 127);
+  m->dealt += tiles;
 }
 
-// acc[j] += the products of `words` words of q with row j of w, j < n
-INLINE void dot_rows(vi *acc, int n, block q, int words, const i8 *w, int cols) {
+// S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width. Eight threads share a
+// value channel: each has every eighth key and one of the eight running sums. A thread has EACH_CHANNELS channels.
+#define CHANNELS (N % 2 ? 1 : 2)
+#define KEYS ((N + 7) / 8)
+PART void recurrence(Model *m, int l, int c, int width) {
+  FAST(Fast, s, m->s);
+  const int first = LANE / 4;
+  EACH(u, (width + 4 * CHANNELS - 1) / (4 * CHANNELS)) {
+    const int d = (4 * u + LANE % 4) * CHANNELS, head = d / N * N;
+    const bool mine = d < width;
+    float z[CHANNELS][KEYS];
+    for (int t = 0; t < m->lanes; t++) {
+      float *S = m->state + (BATCH ? (i64)t * (L * STATE) : 0) + l * STATE + D * 2 + (c + head) * N + (d - head);
+      #define EACH_KEY(i, j) UNROLL for (int i = 0, j = first; i < KEYS; i++, j += 8) if (mine && j < N)
+      #define EACH_CHANNEL(e) UNROLL for (int e = 0; e < CHANNELS; e++)
+      if (BATCH || t == 0) EACH_KEY(i, j) EACH_CHANNEL(e) z[e][i] = S[j * N + e];
+      float v[CHANNELS], sa[CHANNELS], y[CHANNELS];
+      EACH_CHANNEL(e) { sa[e] = y[e] = 0; v[e] = mine ? s->v[d + e][t] : 0; }
+      EACH_KEY(i, j) EACH_CHANNEL(e) sa[e] = sa[e] + z[e][i] * s->kk[head + j][t];
+      UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) sa[e] += __shfl_xor_sync(~0u, sa[e], step);
+      EACH_KEY(i, j) EACH_CHANNEL(e) {
+        z[e][i] = z[e][i] * s->w[head + j][t] + -sa[e] * s->a[head + j][t] + v[e] * s->k[head + j][t];
+        y[e] = y[e] + z[e][i] * s->r[head + j][t];
+      }
+      UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) y[e] += __shfl_xor_sync(~0u, y[e], step);
+      if (mine && first == 0) EACH_CHANNEL(e) s->y[c + d + e][t] = y[e];
+      if (BATCH || t == m->lanes - 1) EACH_KEY(i, j) EACH_CHANNEL(e) S[j * N + e] = z[e][i];
+    }
+  }
+}
+#else
+INLINE int load4(const i8 *w) {                   // four bytes that may start anywhere
+  int x;
+  memcpy(&x, w, 4);
+  return x;
+}
+
+// acc[j] += the products of `words` words of codes with row j of w, j < n
+INLINE void dot_rows(vi *acc, int n, const int *codes, int words, const i8 *w, int cols) {
   for (int k = 0; k < words; k++) {
-    vi x = Q(q, k);
-    UNROLL for (int j = 0; j < n; j++) acc[j] = dot4(acc[j], x, load4(w + j * cols + 4 * k, cols));
+    vi x = CODE(codes, cols, k);
+    UNROLL for (int j = 0; j < n; j++) acc[j] = dot4(acc[j], x, isplat(load4(w + j * cols + 4 * k)));
   }
 }
 
-// y = x (W + c A B^T)^T of rows o to o+n, for x = q sx
-INLINE void matmul_rows(buf y, const Model *m, vf sx, const vf *xb, Tensor t, int o, int n, int cols) {
+INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Tensor t, int o, int n, int cols) {
   vi acc[ROWS];
-  UNROLL for (int j = 0; j < n; j++) acc[j] = Q(m->s->start, 0);
-  dot_rows(acc, n, m->s->q, (cols + 3) / 4, m->w + t.at + o * cols, cols);
-  const float *scale = m->scale + t.row + o;
-  const int *minus = m->s->minus + COLUMN(0, t.word) + o;
+  UNROLL for (int j = 0; j < n; j++) acc[j] = Q1(in->start);
+  dot_rows(acc, n, in->q, (cols + 3) / 4, m->packed + t.pack + o * cols, cols);
   vf z[ROWS];
   UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
-  if (m->rank) UNROLL for (int k = 0; k < R; k++)
-    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus[COLUMN(k, 0) + j]);
-  UNROLL for (int j = 0; j < n; j++) V(y, o + j) = z[j] * scale[j] * sx;
+  if (m->rank) UNROLL for (int k = 0; k < R; k++) {
+  #if STORED
+    const int *sign = m->s->minus + COLUMN(k, t.word) + o;
+    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ sign[j]);
+  #else
+    const vu h = noise(m, k, t.word + o / 32);
+    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus(h, o % 32 + j));
+  #endif
+  }
+  const float *scale = m->scale + t.row + o;
+  UNROLL for (int j = 0; j < n; j++) V(y, j) = z[j] * scale[j] * V1(in->sx);
 }
 
-INLINE void matmul(buf y, const Model *m, vf sx, Tensor t, int out, int cols) {
+// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x
+PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
+  const Input *in = (const Input *)input;
   vf xb[R];
-  if (m->rank) UNROLL for (int k = 0; k < R; k++) {  // x B: four sums, so that products need not wait for each other
-    const i8 *b = m->s->noise + COLUMN(k, t.word + WORDS_OF(out));
-    vi p[4] = {Q(m->s->start, 0), ZERO, ZERO, ZERO};
-    for (int w0 = 0; w0 < (cols + 3) / 4; w0 += 4) UNROLL for (int w = w0; w < w0 + 4; w++)
-      if (w < (cols + 3) / 4) p[w - w0] = dot4(p[w - w0], Q(m->s->q, w), load4(b + 4 * w, 4));
-    xb[k] = m->c * I2F(p[0] + p[1] + p[2] + p[3]);
-  }
-  EACH(o, out / ROWS) matmul_rows(y, m, sx, xb, t, o * ROWS, ROWS, cols);
-  EACH(o, out % ROWS) matmul_rows(y, m, sx, xb, t, out - out % ROWS + o, 1, cols);
-  SYNC;
+  if (m->rank) UNROLL for (int k = 0; k < R; k++) xb[k] = m->c * I2F(Q(in->p, k));
+  int o = 0;
+  for (; o + ROWS <= rows; o += ROWS) matmul_rows(y + o, m, in, xb, t, first + o, ROWS, cols);
+  for (; o < rows; o++) matmul_rows(y + o, m, in, xb, t, first + o, 1, cols);
 }
 
-INLINE void normalise(buf y, buf x, int n, const float *w, const float *b, float eps) {
-  SUM(sum, i, n, V(x, i))
-  vf mean = sum * (1.0f / n);
-  SUM(squares, i, n, (V(x, i) - mean) * (V(x, i) - mean))
-  vf inv = 1.0f / VECTOR(sqrt)(squares * (1.0f / n) + eps);
-  SYNC;
-  EACH(i, n) V(y, i) = (V(x, i) - mean) * inv * w[i] + b[i];
-  SYNC;
-}
-
-// dx = the input of the token before, minus h; `carry` keeps the last of n tokens for the next call
-INLINE void token_shift(buf dx, buf h, float *carry, int n) {
-  EACH(d, D) V(dx, d) = before(h[d], carry[d]) - V(h, d);
-  SYNC;
-  FLAT(d, D) carry[d] = h[d][n - 1];
-}
-
-// quantised input of a product: h + (h of the token before - h) mu
-INLINE vf mixed(const Model *m, const float *mu) {
-  Member *s = m->s;
-  EACH(d, D) V(s->xm, d) = V(s->h, d) + V(s->dx, d) * mu[d];
-  return quantise(s, s->xm, D);
-}
-
-// S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token; lanes are N value channels of a head
-INLINE void recurrence(Member *s, float *S, int tokens) {
-  EACH(u, H * ((N + LANES - 1) / LANES)) {
-    int c = u / ((N + LANES - 1) / LANES) * N, i0 = u % ((N + LANES - 1) / LANES) * LANES;
+// S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width; a lane is a value channel.
+PART void recurrence(Model *m, int l, int c, int width) {
+  FAST(Fast, s, m->s);
+  for (int head = 0; head < width; head += N) for (int i0 = 0; i0 < N; i0 += LANES) {
     vf z[N];
-    for (int j = 0; j < N; j++) FOR_LANE(i) AT(z[j], i) = i0 + i < N ? S[(c + j) * N + i0 + i] : 0;
-    for (int t = 0; t < tokens; t++) {
+    for (int t = 0; t < m->lanes; t++) {
+      float *S = m->state + (BATCH ? (i64)t * (L * STATE) : 0) + l * STATE + D * 2 + (c + head) * N + i0;
+      if (BATCH || t == 0) for (int j = 0; j < N; j++) FOR_LANE(i) z[j][i] = i0 + i < N ? S[j * N + i] : 0;
       vf v;
-      FOR_LANE(i) AT(v, i) = i0 + i < N ? s->v[c + i0 + i][t] : 0;
-      SUM(minus_sa, j, N, z[j] * s->kk[c + j][t])
+      FOR_LANE(i) v[i] = i0 + i < N ? s->v[head + i0 + i][t] : 0;
+      SUM(minus_sa, j, N, z[j] * s->kk[head + j][t])
       vf sa = -minus_sa;
-      SUM(y, j, N, (z[j] = z[j] * s->w[c + j][t] + sa * s->a[c + j][t] + v * s->k[c + j][t]) * s->r[c + j][t])
-      FOR_LANE(i) if (i0 + i < N) s->y[c + i0 + i][t] = AT(y, i);
+      SUM(y, j, N, (z[j] = z[j] * s->w[head + j][t] + sa * s->a[head + j][t] + v * s->k[head + j][t])
+                   * s->r[head + j][t])
+      FOR_LANE(i) if (i0 + i < N) s->y[c + head + i0 + i][t] = y[i];
+      if (BATCH || t == m->lanes - 1)
+        for (int j = 0; j < N; j++) FOR_LANE(i) if (i0 + i < N) S[j * N + i] = z[j][i];
     }
-    for (int j = 0; j < N; j++) FOR_LANE(i) if (i0 + i < N) S[(c + j) * N + i0 + i] = AT(z[j], i);
   }
+}
+#endif
+
+PART void normalise(Model *m, buf y, buf x, Tensor w, Tensor b) {
+  SUM_ALL(sum, d, D, V(x, d))
+  vf mean = sum * (1.0f / D);
+  SUM_ALL(squares, d, D, (V(x, d) - mean) * (V(x, d) - mean))
+  vf inv = 1.0f / VECTOR(sqrt)(squares * (1.0f / D) + 1e-5f);
+  EACH(d, D) V(y, d) = (V(x, d) - mean) * inv * PARAM(w, d) + PARAM(b, d);
   SYNC;
 }
 
-INLINE void time_mix(const Model *m, int l, int tokens) {
-  Member *s = m->s;
-  const float *vec = s->vec;
-  float *state = s->state + l * STATE;
-  normalise(s->h, s->x, D, VEC(LN1_WEIGHT), VEC(LN1_BIAS), 1e-5f);
-  token_shift(s->dx, s->h, state, tokens);
-  vf sx = mixed(m, VEC(ATT_X_R));
-  MATMUL(s->r, ATT_RECEPTANCE_WEIGHT, D, D);
-  sx = mixed(m, VEC(ATT_X_W));
-  MATMUL(s->lora, ATT_W1, LORA_W, D);
-  EACH(d, LORA_W) V(s->lora, d) = tanh_(V(s->lora, d));
-  sx = quantise(s, s->lora, LORA_W);
-  MATMUL(s->w, ATT_W2, D, LORA_W);
-  EACH(d, D) V(s->w, d) = exp2_((float)(-0.606531 * 1.4426950408889634) * sigmoid(VEC(ATT_W0)[d] + V(s->w, d)));
-  sx = mixed(m, VEC(ATT_X_K));
-  MATMUL(s->k, ATT_KEY_WEIGHT, D, D);
-  sx = mixed(m, VEC(ATT_X_V));
-  MATMUL(s->v, ATT_VALUE_WEIGHT, D, D);
-  if (l == 0) {
-    EACH(d, D) V(s->v_first, d) = V(s->v, d);
-  } else {
-    MATMUL(s->lora, ATT_V1, LORA_V, D);
-    sx = quantise(s, s->lora, LORA_V);
-    MATMUL(s->y, ATT_V2, D, LORA_V);
-    EACH(d, D)
-      V(s->v, d) = V(s->v, d) + (V(s->v_first, d) - V(s->v, d)) * sigmoid(VEC(ATT_V0)[d] + V(s->y, d));
-  }
-  sx = mixed(m, VEC(ATT_X_A));
-  MATMUL(s->lora, ATT_A1, LORA_A, D);
-  sx = quantise(s, s->lora, LORA_A);
-  MATMUL(s->a, ATT_A2, D, LORA_A);
-  EACH(d, D) V(s->a, d) = sigmoid(VEC(ATT_A0)[d] + V(s->a, d));
-  sx = mixed(m, VEC(ATT_X_G));
-  MATMUL(s->lora, ATT_G1, LORA_G, D);
-  EACH(d, LORA_G) V(s->lora, d) = sigmoid(V(s->lora, d));
-  sx = quantise(s, s->lora, LORA_G);
-  MATMUL(s->g, ATT_G2, D, LORA_G);
-
-  EACH(h, H) {
-    buf kk = s->kk + h * N, k = s->k + h * N, a = s->a + h * N;
-    for (int i = 0; i < N; i++) V(kk, i) = V(k, i) * VEC(ATT_K_K)[h * N + i];
-    SUM(squares, i, N, V(kk, i) * V(kk, i))
-    vf inv = 1.0f / vmax(VECTOR(sqrt)(squares), splat(1e-12f));
-    for (int i = 0; i < N; i++) {
-      V(kk, i) = V(kk, i) * inv;
-      V(k, i) = V(k, i) * (1.0f + (V(a, i) - 1.0f) * VEC(ATT_K_A)[h * N + i]);
-      V(a, i) = V(kk, i) * V(a, i);               // from here on a is b
+// dx = the input of the token before, minus h; `carry`, of lane 0, keeps the last one for the next call
+PART void token_shift(Model *m, float *carry) {
+  FAST(Fast, s, m->s);
+#if BATCH
+  EACH(t, m->lanes) {
+    float *last = carry + (i64)t * (L * STATE);
+    SPREAD(d, D) {
+      s->dx[d][t] = last[d] - s->h[d][t];
+      last[d] = s->h[d][t];
     }
   }
+#else
+  EACH(d, D) V(s->dx, d) = before(s->h[d], carry[d]) - V(s->h, d);
   SYNC;
-  recurrence(s, state + 2 * D, tokens);
-  for (int c = 0; c < D; c += N)
-    normalise(s->y + c, s->y + c, N, VEC(ATT_LN_X_WEIGHT) + c, VEC(ATT_LN_X_BIAS) + c, 64e-5f);
-  EACH(h, H) {
-    int c = h * N;
-    SUM(bonus, i, N, V(s->r, c + i) * V(s->k, c + i) * VEC(ATT_R_K)[c + i])
-    for (int i = c; i < c + N; i++) V(s->y, i) = (V(s->y, i) + bonus * V(s->v, i)) * V(s->g, i);
-  }
-  sx = quantise(s, s->y, D);
-  MATMUL(s->dx, ATT_OUTPUT_WEIGHT, D, D);
-  EACH(d, D) V(s->x, d) = V(s->x, d) + V(s->dx, d);
+  FLAT(d, D) carry[d] = s->h[d][m->lanes - 1];
+#endif
   SYNC;
 }
 
-INLINE void channel_mix(const Model *m, int l, int tokens) {
-  Member *s = m->s;
-  const float *vec = s->vec;
-  normalise(s->h, s->x, D, VEC(LN2_WEIGHT), VEC(LN2_BIAS), 1e-5f);
-  token_shift(s->dx, s->h, s->state + l * STATE + D, tokens);
-  vf sx = mixed(m, VEC(FFN_X_K));
-  MATMUL(s->wide, FFN_KEY_WEIGHT, F, D);
+// The quantised input of tensor t: n channels of a buffer
+PART void quantise(Model *m, int *input, buf x, int n, Tensor t) {
+  QUANTISE(input, t, d, n, V(x, d))
+}
+
+// and h + (h of the token before - h) mu
+PART void mix_tokens(Model *m, int *input, Tensor mu, Tensor t) {
+  FAST(Fast, s, m->s);
+  QUANTISE(input, t, d, D, V(s->h, d) + V(s->dx, d) * PARAM(mu, d))
+}
+
+INLINE void time_mix(Model *m, int l) {
+  FAST(Fast, s, m->s);
+  buf x = m->g->x, v_first = m->g->v_first;
+  normalise(m, s->h, x, BLOCK(LN1_WEIGHT), BLOCK(LN1_BIAS));
+  token_shift(m, m->state + l * STATE);
+  mix_tokens(m, s->in_w, BLOCK(ATT_X_W), BLOCK(ATT_W1));
+  mix_tokens(m, s->in_a, BLOCK(ATT_X_A), BLOCK(ATT_A1));
+  mix_tokens(m, s->in_g, BLOCK(ATT_X_G), BLOCK(ATT_G1));
+  if (l) mix_tokens(m, s->in_u, BLOCK(ATT_X_V), BLOCK(ATT_V1));
+  mix_tokens(m, s->in_r, BLOCK(ATT_X_R), BLOCK(ATT_RECEPTANCE_WEIGHT));
+  mix_tokens(m, s->in_k, BLOCK(ATT_X_K), BLOCK(ATT_KEY_WEIGHT));
+  mix_tokens(m, s->in_v, BLOCK(ATT_X_V), BLOCK(ATT_VALUE_WEIGHT));
+  SYNC;
+  matmul(s->lora[0], m, s->in_w, BLOCK(ATT_W1), 0, LORA_W, D);
+  matmul(s->lora[1], m, s->in_a, BLOCK(ATT_A1), 0, LORA_A, D);
+  matmul(s->lora[2], m, s->in_g, BLOCK(ATT_G1), 0, LORA_G, D);
+  if (l) matmul(s->lora[3], m, s->in_u, BLOCK(ATT_V1), 0, LORA_V, D);
+  SYNC;
+  EACH(d, LORA_W) V(s->lora[0], d) = tanh_(V(s->lora[0], d));
+  EACH(d, LORA_G) V(s->lora[2], d) = sigmoid(V(s->lora[2], d));
+  quantise(m, s->lora_w, s->lora[0], LORA_W, BLOCK(ATT_W2));
+  quantise(m, s->lora_a, s->lora[1], LORA_A, BLOCK(ATT_A2));
+  quantise(m, s->lora_g, s->lora[2], LORA_G, BLOCK(ATT_G2));
+  if (l) quantise(m, s->lora_v, s->lora[3], LORA_V, BLOCK(ATT_V2));
+  SYNC;
+  for (int c = 0; c < D; c += GROUP) {            // some heads at a time
+    const int width = D - c < GROUP ? D - c : GROUP;
+    matmul(s->r, m, s->in_r, BLOCK(ATT_RECEPTANCE_WEIGHT), c, width, D);
+    matmul(s->k, m, s->in_k, BLOCK(ATT_KEY_WEIGHT), c, width, D);
+    matmul(s->v, m, s->in_v, BLOCK(ATT_VALUE_WEIGHT), c, width, D);
+    matmul(s->w, m, s->lora_w, BLOCK(ATT_W2), c, width, LORA_W);
+    matmul(s->a, m, s->lora_a, BLOCK(ATT_A2), c, width, LORA_A);
+    matmul(s->g, m, s->lora_g, BLOCK(ATT_G2), c, width, LORA_G);
+    if (l) matmul(s->kk, m, s->lora_v, BLOCK(ATT_V2), c, width, LORA_V);
+    SYNC;
+    EACH(d, width) {
+      V(s->w, d) = exp2_((float)(-0.606531 * 1.4426950408889634) * sigmoid(PARAM(BLOCK(ATT_W0), c + d) + V(s->w, d)));
+      V(s->a, d) = sigmoid(PARAM(BLOCK(ATT_A0), c + d) + V(s->a, d));
+      if (l)
+        V(s->v, d) = V(s->v, d) + (V(v_first, c + d) - V(s->v, d)) * sigmoid(PARAM(BLOCK(ATT_V0), c + d) + V(s->kk, d));
+      else
+        V(v_first, c + d) = V(s->v, d);
+      V(s->kk, d) = V(s->k, d) * PARAM(BLOCK(ATT_K_K), c + d);
+    }
+    SYNC;
+    EACH(h, width / N) {
+      SUM(squares, i, N, V(s->kk, h * N + i) * V(s->kk, h * N + i))
+      V(s->norm, h) = 1.0f / vmax(VECTOR(sqrt)(squares), splat(1e-12f));
+    }
+    SYNC;
+    EACH(d, width) {
+      V(s->kk, d) = V(s->kk, d) * V(s->norm, d / N);
+      V(s->k, d) = V(s->k, d) * (1.0f + (V(s->a, d) - 1.0f) * PARAM(BLOCK(ATT_K_A), c + d));
+      V(s->a, d) = V(s->kk, d) * V(s->a, d);      // from here on a is b
+    }
+    SYNC;
+    recurrence(m, l, c, width);
+    SYNC;
+    EACH(h, width / N) {                          // the norm of a head, and the bonus of the current token
+      buf y = s->y + c + h * N;
+      SUM(sum, i, N, V(y, i))
+      vf mean = sum * (1.0f / N);
+      SUM(squares, i, N, (V(y, i) - mean) * (V(y, i) - mean))
+      SUM(bonus, i, N, V(s->r, h * N + i) * V(s->k, h * N + i) * PARAM(BLOCK(ATT_R_K), c + h * N + i))
+      V(s->mean, h) = mean;
+      V(s->norm, h) = 1.0f / VECTOR(sqrt)(squares * (1.0f / N) + 64e-5f);
+      V(s->bonus, h) = bonus;
+    }
+    SYNC;
+    EACH(d, width) {
+      vf y = (V(s->y, c + d) - V(s->mean, d / N)) * V(s->norm, d / N) * PARAM(BLOCK(ATT_LN_X_WEIGHT), c + d)
+             + PARAM(BLOCK(ATT_LN_X_BIAS), c + d);
+      V(s->y, c + d) = (y + V(s->bonus, d / N) * V(s->v, d)) * V(s->g, d);
+    }
+    SYNC;
+  }
+  quantise(m, s->in_r, s->y, D, BLOCK(ATT_OUTPUT_WEIGHT));
+  SYNC;
+  matmul(s->h, m, s->in_r, BLOCK(ATT_OUTPUT_WEIGHT), 0, D, D);
+  SYNC;
+  EACH(d, D) V(x, d) = V(x, d) + V(s->h, d);
+  SYNC;
+}
+
+INLINE void channel_mix(Model *m, int l) {
+  FAST(Fast, s, m->s);
+  buf x = m->g->x;
+  normalise(m, s->h, x, BLOCK(LN2_WEIGHT), BLOCK(LN2_BIAS));
+  token_shift(m, m->state + l * STATE + D);
+  mix_tokens(m, s->in_k, BLOCK(FFN_X_K), BLOCK(FFN_KEY_WEIGHT));
+  SYNC;
+  matmul(s->wide, m, s->in_k, BLOCK(FFN_KEY_WEIGHT), 0, F, D);
+  SYNC;
   EACH(d, F) {
     vf k = vmax(V(s->wide, d), splat(0.0f));
     V(s->wide, d) = k * k;
   }
-  sx = quantise(s, s->wide, F);
-  MATMUL(s->dx, FFN_VALUE_WEIGHT, D, F);
-  EACH(d, D) V(s->x, d) = V(s->x, d) + V(s->dx, d);
+  quantise(m, s->in_wide, s->wide, F, BLOCK(FFN_VALUE_WEIGHT));
+  SYNC;
+  matmul(s->h, m, s->in_wide, BLOCK(FFN_VALUE_WEIGHT), 0, D, F);
+  SYNC;
+  EACH(d, D) V(x, d) = V(x, d) + V(s->h, d);
   SYNC;
 }
 
-// Draws a member's noise and works out its vector parameters.
-INLINE void perturb(const Model *m, u32 seed, u32 step, int pair) {
-  Member *s = m->s;
-  u32 k0 = key0(seed, step, pair), k1 = key1(seed, step, pair);
-  if (m->rank && s->pair != pair) FLAT(w, R * WORDS) {
-    u32 h = noise_word(k0, k1, w);
+// Works out the member's own vectors among `count` parameters from `from` on.
+PART void vectors(Model *m, int from, int count) {
+  m->vec = TABLE[from].vec;
+  for (int i = from; i < from + count; i++) {
+    const Tensor t = TABLE[i];
+    if (t.cols) continue;
+#if BATCH
+    EACH(w, WORDS_OF(t.out)) {
+      vu h[R];
+      if (m->rank) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, t.word + w);
+      for (int o = 32 * w; o < 32 * w + 32 && o < t.out; o++) {
+        vf q = splat((float)m->w[t.at + o]);
+        if (m->rank) UNROLL for (int k = 0; k < R; k++) q = q + AS_F(AS_I(m->c) ^ minus(h[k], o % 32));
+        PARAM(t, o) = q * m->scale[t.row + o];
+      }
+    }
+#else
+    FLAT(o, t.out) {
+      float q = m->w[t.at + o];
+      if (m->rank) for (int k = 0; k < R; k++) q = q + ENTRY(k, t.word, o) * AT(m->c, 0);
+      PARAM(t, o) = q * m->scale[t.row + o];
+    }
+#endif
+  }
+  SYNC;
+}
+
+// Draws the noise of a task's members.
+INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
+  FOR_LANE(t) {
+    AT(m->k0, t) = key0(seed, step, (member + (BATCH ? t : 0)) / 2);
+    AT(m->k1, t) = key1(seed, step, (member + (BATCH ? t : 0)) / 2);
+    AT(m->c, t) = (member + (BATCH ? t : 0)) % 2 ? -c : c;
+  }
+#if STORED
+  FAST(Fast, s, m->s);
+  if (m->rank && s->pair != member / 2) for (int w = 0; w < R * WORDS; w++) {
+    u32 h = noise_word(m->k0[0], m->k1[0], w);
     for (int b = 0; b < 32; b++) s->noise[32 * w + b] = (int)(h >> b & 1) * 2 - 1 + BIAS;
     for (int b = 0; b < 32; b++) s->minus[32 * w + b] = ~(h >> b) << 31;
   }
-  SYNC;
-  s->pair = pair;
-  for (int i = 0; i < TENSORS; i++) {
-    Tensor t = TABLE[i];
-    if (!t.cols) FLAT(o, t.out) {
-      float q = SIGNED(m->w[t.at + o]);
-      if (m->rank) for (int k = 0; k < R; k++) q = q + SIGNED(s->noise[COLUMN(k, t.word) + o]) * m->c;
-      s->vec[t.vec + o] = q * m->scale[t.row + o];
-    }
+  s->pair = member / 2;
+#endif
+#if NAIVE  // what EGGROLL avoids: +-1 for every weight of a matrix, and the whole matrices written out
+  FLAT(i, PACKED / 4) {
+    int w = ((const int *)m->packed)[i], e = BYTES(noise_word(AT(m->k0, 0), AT(m->k1, 0), R * WORDS + i / 8), i % 8 * 4);
+    e ^= BIAS * 0x01010101;
+    ((int *)m->g->packed)[i] = ((w & 0x7F7F7F7F) + (e & 0x7F7F7F7F)) ^ ((w ^ e) & (int)0x80808080);  // bytes added
   }
-  SYNC;
+  m->packed = m->g->packed;
+  m->rank = 0;
+#endif
 }
 
-// Runs members first to last over T tokens: member m reads text[start[m]...], and adds what it costs to predict each
-// next token to score[m], in 1/4096 bit. w: weights + BIAS. state (float [P][L * STATE], carried on) and logits (float
-// [P][T][VOCAB]) may be null.
-KERNEL score(const i8 *w, const float *scale, const unsigned short *text, const i64 *start, int T, u32 seed, u32 step,
-             float c, int *score, float *state, float *logits, int first, int last, void *scratch) {
-  SCRATCH(Member);
+// Runs `members` members over T tokens: member i reads text[start[i]]..., and adds what it costs to predict each next
+// token to score[i], in 1/4096 bit. w and packed: weights row by row and as `pack` leaves them. state (float
+// [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null, but BATCH needs state.
+KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned short *text, const i64 *start, int T,
+             int members, u32 seed, u32 step, float c, int *score, float *state, float *logits,
+             int first, int last, void *scratch) {
+  Task *g = SLOT(scratch, Task);
+  FAST(Fast, s, &g->fast);
+  Model model = {w, packed, scale, s, g}, *m = &model;
+  buf x = g->x;
+#if STORED
   s->pair = -1;
-  TASKS(member) {
-    Model model = {w, scale, s, member % 2 ? -c : c, c != 0 ? R : 0}, *m = &model;
+#endif
+  TASKS(task) {
+    const int member = BATCH ? task * LANES : task;
+    m->packed = packed;
+    m->rank = c != 0 ? R : 0;
     SYNC;
-    perturb(m, seed, step, member / 2);
-    float *carried = state ? state + (i64)member * (L * STATE) : 0;
-    FLAT(i, L * STATE) s->state[i] = carried ? carried[i] : 0;
+    perturb(m, seed, step, member, c);
+    m->state = state ? state + (i64)member * (L * STATE) : g->state;
+    if (!state) FLAT(i, L * STATE) g->state[i] = 0;
     SYNC;
-    for (int t0 = 0; t0 < T; t0 += LANES) {
-      int tokens = T - t0 < LANES ? T - t0 : LANES;
-      const unsigned short *in = text + start[member] + t0;
-      Tensor e = TABLE[EMB_WEIGHT];
-      TABLET(t, d, D) {
-        int token = in[t < tokens ? t : 0];
-        float z = SIGNED(w[e.at + token * D + d]);
-        if (m->rank) for (int k = 0; k < R; k++)
-          z = z + SIGNED(s->noise[COLUMN(k, e.word) + token]) * m->c
-                  * SIGNED(s->noise[COLUMN(k, e.word + WORDS_OF(VOCAB)) + d]);
-        s->x[d][t] = z * scale[e.row + token];
+    if (STORED) vectors(m, 0, TENSORS);
+    for (int t0 = 0; t0 < T; t0 += BATCH ? 1 : LANES) {
+      const int left = BATCH ? members - member : T - t0;
+      m->lanes = left < LANES ? left : LANES;
+      #define READ(t, ahead) text[start[BATCH ? member + (t) : member] + t0 + (BATCH ? 0 : (t)) + (ahead)]
+      const Tensor e = TABLE[EMB_WEIGHT];
+      FOR_LANE(t) {
+        const int token = READ(t < m->lanes ? t : 0, 0);
+        const u32 k0 = AT(m->k0, t), k1 = AT(m->k1, t);
+        float a[R];
+        for (int k = 0; k < R; k++)
+          a[k] = noise_word(k0, k1, k * WORDS + e.word + token / 32) >> token % 32 & 1 ? AT(m->c, t) : -AT(m->c, t);
+        EACH(i, WORDS_OF(D)) {
+          u32 b[R];
+          for (int k = 0; k < R; k++) b[k] = noise_word(k0, k1, k * WORDS + e.word + WORDS_OF(VOCAB) + i);
+          for (int d = 32 * i; d < 32 * i + 32 && d < D; d++) {
+            float z = w[e.at + token * D + d];
+            if (m->rank) for (int k = 0; k < R; k++) z = z + (b[k] >> d % 32 & 1 ? a[k] : -a[k]);
+            x[d][t] = z * scale[e.row + token];
+          }
+        }
       }
       SYNC;
-      normalise(s->x, s->x, D, s->vec + TABLE[BLOCKS_0_LN0_WEIGHT].vec, s->vec + TABLE[BLOCKS_0_LN0_BIAS].vec, 1e-5f);
+      if (!STORED) vectors(m, 0, GLOBALS);
+      normalise(m, x, x, TABLE[BLOCKS_0_LN0_WEIGHT], TABLE[BLOCKS_0_LN0_BIAS]);
       for (int l = 0; l < L; l++) {
-        time_mix(m, l, tokens);
-        channel_mix(m, l, tokens);
+        if (!STORED) vectors(m, GLOBALS + l * KINDS, KINDS);
+        time_mix(m, l);
+        channel_mix(m, l);
       }
-      normalise(s->x, s->x, D, s->vec + TABLE[LN_OUT_WEIGHT].vec, s->vec + TABLE[LN_OUT_BIAS].vec, 1e-5f);
-      vf sx = quantise(s, s->x, D);
-      matmul(s->logits, m, sx, TABLE[HEAD_WEIGHT], VOCAB, D);
-      if (logits) EACH(v, VOCAB) FOR_LANE(t) if (t < tokens)
-        logits[((i64)member * T + t0 + t) * VOCAB + v] = s->logits[v][t];
+      if (!STORED) vectors(m, 0, GLOBALS);
+      normalise(m, s->h, x, TABLE[LN_OUT_WEIGHT], TABLE[LN_OUT_BIAS]);
+      quantise(m, s->in_r, s->h, D, TABLE[HEAD_WEIGHT]);
+      SYNC;
+      matmul(g->logits, m, s->in_r, TABLE[HEAD_WEIGHT], 0, VOCAB, D);
+      SYNC;
+      if (logits) EACH(t, m->lanes) SPREAD(v, VOCAB)
+        logits[(BATCH ? (i64)(member + t) * T + t0 : (i64)member * T + t0 + t) * VOCAB + v] = g->logits[v][t];
+      TOP_ALL(-3e38f, top, v, VOCAB, V(g->logits, v))
+      SUM_ALL(total, v, VOCAB, exp2_((V(g->logits, v) - top) * LOG2E))
       vf target;
-      REDUCE(vmax, -3e38f, top, v, VOCAB, V(s->logits, v))
-      FOR_LANE(t) AT(target, t) = s->logits[t < tokens ? in[t + 1] : 0][t];
-      SUM(total, v, VOCAB, exp2_((V(s->logits, v) - top) * LOG2E))
+      FOR_LANE(t) AT(target, t) = g->logits[t < m->lanes ? READ(t, 1) : 0][t];
       vf bits = log2_(total) - (target - top) * LOG2E;
       vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;
-      EACH(warp, 1) FOR_LANE(t) if (t < tokens) ADD(&score[member], AT(cost, t));
+      EACH(i, 1) FOR_LANE(t) if (t < m->lanes) ADD(&score[BATCH ? member + t : member], AT(cost, t));
       SYNC;
     }
-    if (carried) FLAT(i, L * STATE) carried[i] = s->state[i];
+  }
+}
+
+// The weights of matrices + BIAS, as `matmul` wants them; a task is one unit of the update.
+KERNEL pack(const i8 *w, i8 *packed, int first, int last, void *scratch) {
+  TASKS(u) {
+    const Tensor t = TABLE[UNITS[u].tensor];
+    const int row = UNITS[u].row, rows = PAD(t.out, 16) - row;
+    if (t.cols) EACH(j, rows < UNIT ? rows : UNIT) {
+      const int o = row + j;
+      SPREAD(k, PAD(t.cols, 64))
+        packed[t.pack + PACKED_AT(o, k, t.cols)] = o < t.out && k < t.cols ? w[t.at + o * t.cols + k] + BIAS : 0;
+    }
   }
 }
 
 // ---- the update: Z = sum_i f_i A_i B_i^T, UNIT rows of a tensor at a time; here a lane is a column of Z
 
-#define PAIRS 256                                 // pairs whose noise is held at once
-#define K (R * PAIRS)                             // inner dimension of a product: column k of pair p is k PAIRS + p
+#define PAIRS 256                                 // pairs whose noise is held at once: the inner dimension of a product
 
-typedef struct {
-  i8 fa[UNIT][K];                                 // f A^T + BIAS
-  int b[K / 4][LANES];                            // B of LANES columns, four pairs to a word
-  u32 k0[PAIRS], k1[PAIRS], h[PAIRS];
+typedef struct ALIGNED {
+  i8 fa[UNIT * PAIRS];                            // f A^T + BIAS, packed like weights
+  int b[COLUMN_BLOCKS][CODE_WORDS(PAIRS)];        // B of some columns, like the codes of a quantised input
+  u32 k0[PAIRS], k1[PAIRS], ha[PAIRS], hb[COLUMN_BLOCKS][PAIRS];
   int z[UNIT][COLUMNS];
 } Update;
 
-// z += fa B of rows j to j+n, LANES columns from c
-INLINE void update_rows(Update *s, vi start, int c, int j, int n, int words) {
-  vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = Q((block)s->z[j + i], c / LANES) + start;
-  for (int k = 0; k < R; k++) dot_rows(acc, n, s->b + k * (PAIRS / 4), words, s->fa[j] + k * PAIRS, K);
-  UNROLL for (int i = 0; i < n; i++) Q((block)s->z[j + i], c / LANES) = acc[i];
+// z += fa b for all rows and a block of columns
+#ifdef __CUDACC__
+INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
+  for (int j = 0; j < rows; j += 16) if (worker++ % WARPS == WARP) {
+    int acc[4][4] = {};
+    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, CODES(PAIRS));
+    UNROLL for (int i = 0; i < 16; i++)
+      s->z[j + LANE / 4 + i % 4 / 2 * 8][column + LANE % 4 * 8 + i % 2 * 4 + i / 4] += acc[i / 4][i % 4];
+  }
 }
+#else
+INLINE void accumulate_rows(Update *s, const int *b, vi start, int column, int j, int n, int pairs) {
+  vi acc[ROWS];
+  UNROLL for (int i = 0; i < n; i++) acc[i] = *(vi *)&s->z[j + i][column] + start;
+  dot_rows(acc, n, b, pairs / 4, s->fa + PACKED_AT(j, 0, PAIRS), PAIRS);
+  UNROLL for (int i = 0; i < n; i++) *(vi *)&s->z[j + i][column] = acc[i];
+}
+
+INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
+  vi start = isplat(0);
+  if (BIAS) for (int q = 0; q < pairs / 4; q++) start = dot4(start, CODE(b, PAIRS, q), isplat(0x01010101));
+  start *= -BIAS;
+  int j = 0;
+  for (; j + ROWS <= rows; j += ROWS) accumulate_rows(s, b, start, column, j, ROWS, pairs);
+  for (; j < rows; j++) accumulate_rows(s, b, start, column, j, 1, pairs);
+}
+#endif
 
 // Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
 INLINE void move(i8 *restrict weights, short *restrict residuals, const int *restrict z, float gain, int n) {
@@ -947,61 +1287,69 @@ INLINE void move(i8 *restrict weights, short *restrict residuals, const int *res
   }
 }
 
-// Moves all weights along Z. f: int8 fitness of each pair, padded with zeros to a multiple of 4.
+// Moves all weights along Z. f: int8 fitness of each pair.
 KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u32 step, float gain,
               int first, int last, void *scratch) {
-  SCRATCH(Update);
+  FAST(Update, s, SLOT(scratch, Update));
   TASKS(u) {
-    Tensor t = TABLE[UNITS[u].tensor];
+    const Tensor t = TABLE[UNITS[u].tensor];
     // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
-    int o0 = UNITS[u].row, rows = !t.cols ? 1 : t.out - o0 < UNIT ? t.out - o0 : UNIT, cols = t.cols ? t.cols : t.out;
-    int bword = t.cols ? t.word + WORDS_OF(t.out) : t.word;
-    for (int j = 0; j < rows; j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
+    const int o0 = UNITS[u].row, cols = t.cols ? t.cols : t.out, left = t.cols ? t.out - o0 : 1;
+    const int rows = left < UNIT ? left : UNIT, bword = t.cols ? t.word + WORDS_OF(t.out) : t.word;
+    for (int j = 0; j < PAD(rows, 16); j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
-      int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, words = (count + 3) / 4;
+      const int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, padded = PAD((count + 3) / 4 * 4, 64);
       SYNC;
-      FLAT(p, 4 * words) s->k0[p] = key0(seed, step, p0 + p);
-      FLAT(p, 4 * words) s->k1[p] = key1(seed, step, p0 + p);
-      for (int k = 0; k < R; k++) {
+      FLAT(p, padded) s->k0[p] = key0(seed, step, p0 + p);
+      FLAT(p, padded) s->k1[p] = key1(seed, step, p0 + p);
+      for (int k = 0; k < R; k++) {               // column k of all pairs' factors
         SYNC;
-        FLAT(p, 4 * words) s->h[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + o0 / UNIT) : ~0u;
+        FLAT(p, padded) s->ha[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + o0 / UNIT) : ~0u;
         SYNC;
-        for (int j = 0; j < rows; j++)
-          FLAT(p, 4 * words) s->fa[j][k * PAIRS + p] = (s->h[p] >> j & 1 ? f[p0 + p] : -f[p0 + p]) + BIAS;
-      }
-      for (int i0 = 0; i0 < cols; i0 += LANES) {
-        for (int k = 0; k < R; k++) {
-          SYNC;
-          FLAT(p, 4 * words) s->h[p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + i0 / 32) >> i0 % 32;
-          SYNC;
-          EACH(q, words) FOR_LANE(l) {
-            const u32 *h = s->h + 4 * q;
-            u32 bits = (h[0] >> l & 1) | (h[1] >> l & 1) << 8 | (h[2] >> l & 1) << 16 | (h[3] >> l & 1) << 24;
-            s->b[k * (PAIRS / 4) + q][l] = ~(bits * 0xFE);  // bytes 0 and 1 become -1 and 1
-          }
+        for (int j = 0; j < PAD(rows, 16); j++) FLAT(p, padded) {
+          const int fp = p < count ? f[p0 + p] : 0;
+          s->fa[PACKED_AT(j, p, PAIRS)] = (s->ha[p] >> j & 1 ? fp : -fp) + BIAS;
         }
-        SYNC;
-        vi start = ZERO;
-        for (int k = 0; k < R; k++) start += unbias(s->b + k * (PAIRS / 4), words);
-        EACH(j, rows / ROWS) update_rows(s, start, i0, j * ROWS, ROWS, words);
-        EACH(j, rows % ROWS) update_rows(s, start, i0, rows - rows % ROWS + j, 1, words);
+        for (int i0 = 0; i0 < cols; i0 += COLUMN_BLOCKS * LANES) {
+          const int blocks = (cols - i0 + LANES - 1) / LANES < COLUMN_BLOCKS ? (cols - i0 + LANES - 1) / LANES
+                                                                            : COLUMN_BLOCKS;
+          SYNC;
+          for (int i = 0; i < blocks; i++) FLAT(p, padded)
+            s->hb[i][p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + (i0 + i * LANES) / 32) >> i0 % 32;
+          SYNC;
+          for (int i = 0; i < blocks; i++) EACH(q, padded / 4) {
+            const u32 *h = s->hb[i] + 4 * q;
+            FOR_LANE(l) {
+              u32 bits = (h[0] >> l & 1) | (h[1] >> l & 1) << 8 | (h[2] >> l & 1) << 16 | (h[3] >> l & 1) << 24;
+              AT(CODE(s->b[i], PAIRS, q), l) = ~(bits * 0xFE);  // bytes 0 and 1 become -1 and 1
+            }
+          }
+          SYNC;
+          for (int i = 0; i < blocks; i++)
+            accumulate(s, s->b[i], i0 + i * LANES, rows, padded, i * ((UNIT + 15) / 16));
+        }
       }
     }
     SYNC;
     for (int j = 0; j < rows; j++) {
-      int at = t.at + (o0 + j) * cols;
+      const int at = t.at + (o0 + j) * cols;
       move(weights + at, residuals + at, s->z[j], gain, cols);
     }
     SYNC;
   }
 }
 
-// biased = w + BIAS; a task is 4096 of n weights
-KERNEL bias(const i8 *w, i8 *biased, int n, int first, int last, void *scratch) {
-  TASKS(i) FLAT(j, 4096) if (4096 * i + j < n) biased[4096 * i + j] = w[4096 * i + j] + BIAS;
+// Bytes of scratch for a task of `score` and `update`, of fast memory for both, members to a task, bytes of weights,
+// threads of a block.
+KERNEL sizes(int *n) {
+  n[0] = sizeof(Task);
+  n[1] = sizeof(Update);
+  n[2] = sizeof(Fast);
+  n[3] = sizeof(Update);
+  n[4] = BATCH ? LANES : 1;
+  n[5] = PACKED;
+  n[6] = THREADS;
 }
-
-KERNEL scratch_bytes(int *bytes) { bytes[0] = sizeof(Member); bytes[1] = sizeof(Update); }
 """
 
 
@@ -1010,21 +1358,30 @@ def update_units(cfg: Config) -> list[tuple[str, int]]:
     return [(name, row) for name, p in cfg.params.items() for row in range(0, p.out if p.cols else 1, UNIT)]
 
 
-def kernel_source(cfg: Config, rank: int) -> str:
-    """The kernel with a model's shape as compile-time constants, and its parameter table."""
-    kinds = [n[9:] for n in replace(cfg, layers=2).params if n.startswith("blocks.1.")]
+def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
+    """The kernel with a model's shape as compile-time constants, and its parameter table.
+
+    mode: "score", where a task is one member and a lane one of its tokens; "generate", where a task is a batch of
+    members and a lane one of them; "naive", like "score", but with explicit noise for every weight, for `bench`.
+    """
+    block = {n[9:]: p for n, p in replace(cfg, layers=2).params.items() if n.startswith("blocks.1.")}
+    kinds = list(block)
     globals_ = [n for n in cfg.params if not n.startswith("blocks.") or ".ln0." in n]
     names = globals_ + [f"blocks.{layer}.{kind}" for layer in range(cfg.layers) for kind in kinds]
-    rows, vec = [], 0
+    rows, vec, pack = [], 0, 0
     for name in names:
         p = cfg.params.get(name)  # layer 0 has no value residual
-        rows.append((p.out, p.cols, p.at, p.row, p.word, vec) if p else (0,) * 6)
+        rows.append((p.out, p.cols, p.at, p.row, p.word, vec, pack) if p else (0,) * 7)
         vec += p.out if p and not p.cols else 0
+        pack += -(-p.out // 16) * -(-p.cols // 64) * 1024 if p else 0  # see PACKED_AT
     units = [(names.index(name), row) for name, row in update_units(cfg)]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
-        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "VECTORS": vec, "KINDS": len(kinds),
-        "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
+        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "KINDS": len(kinds), "VECTORS": vec,
+        "LAYER_VECTORS": cfg.dim * sum(not p.cols for p in block.values()),
+        "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
+        "BATCH": int(mode == "generate"), "NAIVE": int(mode == "naive"),
+        "THREADS": min(512, max(64, 1 << (2 * cfg.dim - 1).bit_length())),  # of a block, on a GPU
     }
     constants |= {f"LORA_{n.upper()}": size for n, size in zip(LORA, cfg.lora, strict=True)}
     constants |= {f"EXP2_{i}": f"{float(c)!r}f" for i, c in enumerate(EXP2)}
@@ -1037,7 +1394,7 @@ def kernel_source(cfg: Config, rank: int) -> str:
         return f"CONSTANT {kind}[] = {{ {', '.join('{' + ', '.join(map(str, i)) + '}' for i in items)} }};\n"
 
     shape = "".join(f"#define {k} {v}\n" for k, v in constants.items()) + enum([*globals_, "globals"]) + enum(kinds)
-    shape += array("struct Tensor { int out, cols, at, row, word, vec; } TABLE", rows)
+    shape += array("struct Tensor { int out, cols, at, row, word, vec, pack; } TABLE", rows)
     shape += "typedef struct Tensor Tensor;\n" + array("struct { int tensor, row; } UNITS", units)
     return MACHINE + shape + KERNEL
 
@@ -1097,29 +1454,41 @@ class NumpyBackend:
 
 
 class KernelBackend:
-    """The kernel, on this CPU or on a GPU; methods as in NumpyBackend. `launch(name, tasks, args, out)` runs it."""
+    """The kernel, on this CPU or on a GPU; methods as in NumpyBackend.
 
-    def __init__(self, cfg: Config, rank: int, name: str, launch: Callable[..., None]) -> None:
-        self.cfg, self.rank, self.name, self.launch = cfg, rank, name, launch
+    `build(source)` compiles a kernel source and returns launch(name, tasks, args, out), which runs one of its kernels
+    and then has the arrays in `out` filled, with launch.sizes, what its `sizes` says.
+    """
+
+    def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
+        self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
         self.units = len(update_units(cfg))
-        self.biased = np.zeros(cfg.sizes[0], np.int8)
+        self.launchers: dict[str, Any] = {}
+        self.launcher("score")
+
+    def launcher(self, mode: str) -> Any:
+        """The launcher of a mode of `kernel_source`; compiled when it is first needed."""
+        if mode not in self.launchers:
+            self.launchers[mode] = self.build(kernel_source(self.cfg, self.rank, mode))
+        return self.launchers[mode]
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
-        """See NumpyBackend."""
+              state: np.ndarray | None = None, logits: np.ndarray | None = None, mode: str = "") -> np.ndarray:
+        """See NumpyBackend. One token of many members runs in mode "generate", all else in "score"."""
         seed, step, sigma = noise
-        cost = np.zeros(len(start), np.int32)
-        self.launch("bias", -(-len(model.q) // 4096), (model.q, self.biased, np.int32(len(model.q))), [self.biased])
-        self.launch("score", len(start), (
-            self.biased, model.scale, text, start, np.int32(tokens), np.uint32(seed), np.uint32(step),
-            F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
+        generate = tokens == 1 and len(start) > 1 and state is not None
+        launch = self.launcher(mode or ("generate" if generate else "score"))
+        cost, packed = np.zeros(len(start), np.int32), np.zeros(launch.sizes[5], np.int8)
+        launch("pack", self.units, (model.q, packed), [packed])
+        launch("score", -(-len(start) // launch.sizes[4]), (
+            model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
+            np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """See NumpyBackend."""
-        padded = np.pad(f, (0, -len(f) % 4))
-        self.launch("update", self.units, (
-            model.q, model.residual, padded, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
+        self.launcher("score")("update", self.units, (
+            model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
 
@@ -1177,63 +1546,84 @@ def c_arguments(args: tuple) -> list:
             types[type(a)](a) if a is not None else None for a in args]
 
 
-def c_launcher(source: str, threads: int, flags: str = NATIVE) -> Callable[..., None]:
-    """launch(kernel, tasks, args, out) on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
-    lib = ctypes.CDLL(str(compile_c(source, flags)))
-    size = np.zeros(2, np.int32)
-    lib.scratch_bytes(*c_arguments((size,)))
-    free: queue.SimpleQueue = queue.SimpleQueue()
-    for _ in range(threads):
-        free.put(np.empty(int(size.max()) + 64, np.uint8))
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
+class CLauncher:
+    """Runs kernels on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
 
-    def launch(name: str, tasks: int, args: tuple, out: list[np.ndarray]) -> None:
-        kernel, argv = getattr(lib, name), c_arguments(args)
-        pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several for each thread, in case one is held up
+    def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
+        self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
+        sizes = np.zeros(7, np.int32)
+        self.lib.sizes(*c_arguments((sizes,)))
+        self.sizes = sizes.tolist()
+        self.free: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(threads):
+            self.free.put(np.empty(max(self.sizes[:2]) + 64, np.uint8))
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
+
+    def __call__(self, name: str, tasks: int, args: tuple, out: list[np.ndarray]) -> None:
+        """Run the tasks of a kernel; it writes to the arrays themselves."""
+        kernel, argv = getattr(self.lib, name), c_arguments(args)
+        pieces = min(tasks, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
 
         def run(i: int) -> None:
-            scratch = free.get()
+            scratch = self.free.get()
             kernel(*argv, i * tasks // pieces, (i + 1) * tasks // pieces,
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
-            free.put(scratch)
+            self.free.put(scratch)
 
-        list(pool.map(run, range(pieces)) if threads > 1 else map(run, range(pieces)))
-
-    return launch
-
-
-def cuda_launcher(source: str) -> Callable[..., None]:
-    """launch(kernel, tasks, args, out) on the GPU; read-only arrays stay there, those in `out` are copied back."""
-    import cupy
-
-    module = cupy.RawModule(code=source, options=CUDA_OPTIONS)
-    size = cupy.empty(2, np.int32)
-    module.get_function("scratch_bytes")((1,), (1,), (size,))
-    grid = 4 * cupy.cuda.Device().attributes["MultiProcessorCount"]
-    scratch = cupy.empty(grid * int(size.get().max()), np.uint8)
-    kept: dict[int, tuple[np.ndarray, Any]] = {}
-
-    def put(a: object) -> Any:
-        if not isinstance(a, np.ndarray):
-            return np.uintp(0) if a is None else a
-        if a.flags.writeable:
-            return cupy.asarray(a)
-        if id(a) not in kept:
-            kept[id(a)] = (a, cupy.asarray(a))
-        return kept[id(a)][1]
-
-    def launch(name: str, tasks: int, args: tuple, out: list[np.ndarray]) -> None:
-        device = [put(a) for a in args]
-        module.get_function(name)((min(grid, tasks),), (256,), (*device, np.int32(0), np.int32(tasks), scratch))
-        for host, there in zip(args, device, strict=True):
-            if host is not None and any(host is o for o in out):
-                host[...] = there.get()
-
-    return launch
+        list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
 
 
 # Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
 CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+
+
+class CudaLauncher:
+    """Runs kernels on the GPU: as many blocks as it holds at once, which take the tasks in turn."""
+
+    def __init__(self, source: str) -> None:
+        import cupy
+
+        self.cupy, device = cupy, cupy.cuda.Device().attributes
+        self.shared = device["MaxSharedMemoryPerBlockOptin"]
+        self.module = cupy.RawModule(code=source, options=(*CUDA_OPTIONS, f"-DSHARED={self.shared}"))
+        sizes = cupy.zeros(7, np.int32)
+        self.module.get_function("sizes")((1,), (1,), (sizes,))
+        self.sizes = sizes.get().tolist()
+        self.kernels: dict[str, tuple[Any, int, int]] = {}
+        most = 0
+        for name, fast in ("score", self.sizes[2]), ("update", self.sizes[3]), ("pack", 0):
+            kernel, shared = self.module.get_function(name), fast if fast <= self.shared else 0
+            kernel.max_dynamic_shared_size_bytes = shared
+            blocks = device["MultiProcessorCount"] * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                kernel.kernel.ptr, self.sizes[6], shared)
+            self.kernels[name] = kernel, blocks, shared
+            most = max(most, blocks)
+        self.scratch = cupy.empty(most * max(self.sizes[:2]), np.uint8)
+        self.kept: dict[int, tuple[np.ndarray, Any]] = {}
+
+    def array(self, a: np.ndarray) -> Any:
+        """A copy on the device."""
+        return self.cupy.asarray(a)
+
+    def put(self, a: Any) -> Any:
+        """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
+        if not isinstance(a, np.ndarray):
+            return np.uintp(0) if a is None else a
+        if a.flags.writeable:
+            return self.array(a)
+        if id(a) not in self.kept:
+            self.kept[id(a)] = (a, self.array(a))
+        return self.kept[id(a)][1]
+
+    def __call__(self, name: str, tasks: int, args: tuple, out: list) -> None:
+        """Run the tasks of a kernel, then copy results back into those arrays of `out` that are not on the device."""
+        kernel, blocks, shared = self.kernels[name]
+        there = [self.put(a) for a in args]
+        kernel((min(blocks, tasks),), (self.sizes[6],), (*there, np.int32(0), np.int32(tasks), self.scratch),
+               shared_mem=shared)
+        for host, device in zip(args, there, strict=True):
+            if isinstance(host, np.ndarray) and any(host is o for o in out):
+                host[...] = device.get()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1427,9 +1817,9 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
         try:
             if choice == "cuda":
                 cuda_device()
-                return KernelBackend(cfg, rank, choice, cuda_launcher(kernel_source(cfg, rank)))
+                return KernelBackend(cfg, rank, choice, CudaLauncher)
             if choice == "c":
-                return KernelBackend(cfg, rank, choice, c_launcher(kernel_source(cfg, rank), threads or cores()))
+                return KernelBackend(cfg, rank, choice, lambda source: CLauncher(source, threads or cores()))
         except UserError as e:
             if name:
                 raise

@@ -6,10 +6,12 @@
 """
 
 import ctypes
+import hashlib
 import itertools
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -455,8 +457,8 @@ if platform.machine() in ("x86_64", "AMD64"):  # the same source without VNNI, w
        st.integers(1, 5))
 @examples(4)
 def test_c_equals_numpy(flags, cfg, seed, rank, T, members, sigma, threads):
-    launch = E.c_launcher(E.kernel_source(cfg, rank), threads, flags)
-    assert_equals_numpy(E.KernelBackend(cfg, rank, "c", launch), seed, T, members, sigma)
+    backend = E.KernelBackend(cfg, rank, "c", lambda source: E.CLauncher(source, threads, flags))
+    assert_equals_numpy(backend, seed, T, members, sigma)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -747,82 +749,365 @@ def test_cuda_source_compiles(arch, shape):
 
 
 SIMT = r"""
-// Runs the kernel's CUDA branch on the CPU: a block's threads are fibers, and __syncthreads gives way to the next.
-#include <cmath>
-#include <cstring>
-#include <functional>
-#include <ucontext.h>
-#include <vector>
+// Runs CUDA kernels on the CPU. A thread is a fiber, which runs until it waits for others, at __syncthreads or at a
+// collective of its warp. All blocks live at once and take turns, so what they share by mistake goes wrong.
+// With __CUDA_ARCH__, this is what a kernel sees of the GPU; g++ -fsanitize makes it call a hook before every access to
+// memory. Without, it is the machine, which runs the fibers and defines the hooks.
+#include <math.h>
+#include <string.h>
 struct Index { unsigned x; };
-static Index threadIdx, blockIdx, gridDim, blockDim;
-static ucontext_t scheduler;
-static std::vector<ucontext_t> fibers;
-static std::vector<char> finished;
-static std::function<void()> body;
-static void __syncthreads() { unsigned t = threadIdx.x; swapcontext(&fibers[t], &scheduler); threadIdx.x = t; }
-static int __float_as_int(float f) { int i; memcpy(&i, &f, 4); return i; }
-static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
-static int atomicAdd(int *p, int x) { int before = *p; *p += x; return before; }
-static int __dp4a(int a, int b, int c) {
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
   return c;
 }
+#ifdef __CUDA_ARCH__
 #define __CUDACC__
-#define __CUDA_ARCH__ 800
 #define __device__
 #define __global__
+#define __shared__                                // the driver makes the array a pointer to the block's memory
 #define __forceinline__ inline
-#define __launch_bounds__(n)
-KERNEL_SOURCE
-static void fiber() { unsigned t = threadIdx.x; body(); finished[t] = 1; swapcontext(&fibers[t], &scheduler); }
-static void launch(std::function<void()> kernel) {
-  static std::vector<std::vector<char>> stacks(64, std::vector<char>(1 << 18));
-  body = kernel; gridDim.x = 2; blockDim.x = 64;
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
-    fibers.assign(64, ucontext_t()); finished.assign(64, 0);
-    for (int t = 0; t < 64; t++) {
-      getcontext(&fibers[t]);
-      fibers[t].uc_stack.ss_sp = stacks[t].data(); fibers[t].uc_stack.ss_size = 1 << 18;
-      makecontext(&fibers[t], fiber, 0);
-    }
-    for (bool alive = true; alive;) {
-      alive = false;
-      for (unsigned t = 0; t < 64; t++) if (!finished[t]) {
-        alive = true; threadIdx.x = t; swapcontext(&scheduler, &fibers[t]);
-      }
-    }
-  }
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __noinline__ __attribute__((noinline))
+#define MMA simt_mma
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+int atomicAdd(int *p, int x);
+int atomicMax(int *p, int x);
+void __syncthreads();
+void __syncwarp(unsigned mask = ~0u);
+void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
+int simt_shuffle(unsigned mask, int bits, int lane);
+template <class T> T __shfl_sync(unsigned mask, T x, int lane) {
+  return __builtin_bit_cast(T, simt_shuffle(mask, __builtin_bit_cast(int, x), lane));
 }
-#define ENTRY(name, types, ...) extern "C" void simt_##name types { launch([=] { name(__VA_ARGS__); }); }
-ENTRY(score, (i8 *w, float *e, unsigned short *x, i64 *a, int T, u32 s, u32 t, float c, int *k, float *z, float *y,
-              int f, int l, void *m), w, e, x, a, T, s, t, c, k, z, y, f, l, m)
-ENTRY(update, (i8 *w, short *r, i8 *f, int p, u32 s, u32 t, float g, int a, int l, void *m),
-      w, r, f, p, s, t, g, a, l, m)
-ENTRY(bias, (i8 *w, i8 *b, int n, int f, int l, void *m), w, b, n, f, l, m)
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits) { return __shfl_sync(mask, x, threadIdx.x ^ bits); }
+
+#else
+#include <deque>
+#include <set>
+#include <setjmp.h>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+using std::string, std::to_string, std::vector;
+
+enum Kind { READ, WRITE, ATOMIC };
+struct Record {                                   // the last access of one kind to a byte
+  unsigned time, site;                            // time 0: there was none; site: where in the code
+  unsigned short thread : 13;                     // counted over all blocks
+  unsigned short lanes : 1, warps : 1, blocks : 1;  // so did another thread of its warp since that last met, another
+};                                                // warp of its block since that last met, another block
+struct Byte { Record last[3]; };                  // by kind
+struct Region { string name; char *start; size_t size; bool writable; int block; Byte *bytes; };
+typedef int Given[32][6];                         // what the lanes of a warp show each other
+struct Group {                                    // a warp or a block, whose threads wait for each other
+  vector<struct Fiber *> threads;
+  const char *where;
+  unsigned arrived, rounds, met;                  // met: the time when all last were there
+  Given given[2];                                 // in turn, as a lane may give again before others have read
+};
+struct Fiber { unsigned id, block, site; const char *where; Group *warp, *all; char *stack; jmp_buf context; };
+
+Index threadIdx, blockIdx, blockDim, gridDim;
+char *simt_shared;
+__attribute__((visibility("hidden"))) extern char __ehdr_start[], _end[];  // from the linker: this library
+static const size_t STACK = 1 << 17;
+static void (*kernel)(void **), **arguments;
+static bool excuse_same, strict;
+static vector<Region> regions;                    // first the shared memory of each block
+static vector<Fiber> fibers;
+static std::deque<Fiber *> ready;
+static Fiber *self;
+static unsigned now;                              // counts the meetings, as nothing else orders accesses
+static ucontext_t starting;
+static jmp_buf host;
+static string findings;
+static std::set<unsigned> found;                  // their sites
+static struct { char *p; string old; unsigned site; Record race; } doubt;  // a race, unless the write changes nothing
+
+#define SITE ((unsigned)((char *)__builtin_return_address(0) - __ehdr_start - 1))
+static string who(unsigned id, unsigned site) {   // the driver turns @site into a line of the source
+  return "block " + to_string(id / blockDim.x) + " thread " + to_string(id % blockDim.x) + " @" + to_string(site);
+}
+static void report(const string &text, unsigned site, bool fatal) {
+  if (found.insert(site).second) findings += text + "\n";
+  if (fatal || found.size() == 3) _longjmp(host, 1);
+}
+
+// ---- accesses to memory
+
+static Region &nearest(const char *p) {           // the region that holds p, if any does
+  Region *best = nullptr;
+  size_t least = -1;
+  for (Region &r : regions) if (least && (r.block < 0 || r.block == (int)self->block)) {
+    size_t off = p < r.start ? r.start - p : p < r.start + r.size ? 0 : p - r.start - r.size + 1;
+    if (off < least) least = off, best = &r;
+  }
+  return *best;
+}
+
+static void report(const char *what, char *p, size_t n, Kind kind, unsigned site, bool fatal, const string &more = "") {
+  static const char *const verbs[] = {" reads ", " writes ", " atomically updates "};
+  const Region &r = nearest(p);
+  report(what + who(self->id, site) + verbs[kind] + to_string(n) + " bytes at byte " + to_string(p - r.start) +
+         " of " + r.name + " (" + to_string(r.size) + " bytes)" + more, site, fatal);
+}
+
+static void report_race(char *p, size_t n, Kind kind, unsigned site, const Record &r) {
+  string others = r.lanes || r.warps || r.blocks ? ", as others" : "";
+  report("race: ", p, n, kind, site, false, ", not ordered with " + who(r.thread, r.site) + others);
+}
+
+// A hook comes before its write, so whether that changed anything shows at the thread's next event.
+static void settle() {
+  char *p = doubt.p;
+  doubt.p = nullptr;
+  size_t n = doubt.old.size();
+  if (p && memcmp(p, doubt.old.data(), n)) report_race(p, n, WRITE, doubt.site, doubt.race);
+}
+
+// Whether the access, or one that its flags stand for, was another thread's with nothing since then to order it.
+static bool unordered(const Record &r) {
+  if (!r.time) return false;
+  const Fiber &other = fibers[r.thread];
+  if (r.blocks || other.block != self->block) return true;
+  if (r.time < self->all->met) return false;
+  if (r.warps || other.warp != self->warp) return true;
+  return r.time >= self->warp->met && (r.lanes || &other != self);
+}
+
+static void remember(Record &r, unsigned site) {
+  const Fiber &other = fibers[r.thread];
+  bool any = r.time, recent = any && r.time >= self->all->met;
+  r.blocks = any && (r.blocks || other.block != self->block);
+  r.warps = recent && (r.warps || other.warp != self->warp);
+  r.lanes = recent && r.time >= self->warp->met && (r.lanes || &other != self);
+  r.time = now, r.site = site, r.thread = self->id;
+}
+
+static void access(char *p, size_t n, Kind kind, unsigned site) {
+  settle();
+  if ((p >= self->stack && p + n <= self->stack + STACK) || (p >= __ehdr_start && p + n <= _end)) return;
+  Region &region = nearest(p);
+  if (p < region.start || p + n > region.start + region.size) report("out of bounds: ", p, n, kind, site, true);
+  if (kind != READ && !region.writable) report("not in out: ", p, n, kind, site, false);
+  Record race = {};
+  Kind with = READ;
+  for (Byte *b = region.bytes + (p - region.start), *end = b + n; b < end; b++) {
+    for (Kind k : {READ, ATOMIC, WRITE})
+      if (!race.time && (k != kind || k == WRITE) && unordered(b->last[k])) race = b->last[k], with = k;
+    remember(b->last[kind], site);
+  }
+  if (race.time && excuse_same && kind == WRITE && with == WRITE) doubt = {p, string(p, n), site, race};
+  else if (race.time) report_race(p, n, kind, site, race);
+}
+
+#define HOOKS(n) \
+  extern "C" void __tsan_read##n(char *p) { access(p, n, READ, SITE); } \
+  extern "C" void __tsan_write##n(char *p) { access(p, n, WRITE, SITE); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+extern "C" void __tsan_read_range(char *p, size_t n) { access(p, n, READ, SITE); }
+extern "C" void __tsan_write_range(char *p, size_t n) { access(p, n, WRITE, SITE); }
+extern "C" void __tsan_init() {}
+extern "C" void __ubsan_handle_out_of_bounds(void *, long i) {
+  report("index out of bounds: " + who(self->id, SITE) + " takes element " + to_string(i), SITE, true);
+}
+extern "C" void __ubsan_handle_type_mismatch_v1(void *, char *p) { report("misaligned: ", p, 0, READ, SITE, true); }
+int atomicAdd(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); return (*p += x) - x; }
+int atomicMax(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); int old = *p; *p = x > old ? x : old; return old; }
+
+// ---- threads
+
+static void go_on() {                             // with the next thread that can
+  if (ready.empty()) {
+    for (Fiber &f : fibers) if (f.where) for (Fiber &g : fibers) if (g.all == f.all && g.where != f.where)
+      report("deadlock: " + who(f.id, f.site) + " waits at " + f.where + ", " +
+             (g.where ? who(g.id, g.site) + " at " + g.where : who(g.id, 0) + " has ended"), f.site, true);
+    _longjmp(host, 1);
+  }
+  self = ready.front();
+  ready.pop_front();
+  threadIdx.x = self->id % blockDim.x;
+  blockIdx.x = self->block;
+  simt_shared = regions[self->block].start;
+  _longjmp(self->context, 1);
+}
+
+static void live() {                              // what a fiber does
+  if (!_setjmp(self->context)) setcontext(&starting);
+  kernel(arguments);
+  settle();
+  self->where = nullptr;
+  go_on();
+}
+
+// Returns when all of the group are here; if that `orders` accesses, those before come before those after.
+static void meet(Group &g, const char *where, bool orders, unsigned site) {
+  settle();
+  if (g.arrived && strcmp(g.where, where))
+    report("divergence: " + who(self->id, site) + " is at " + where + ", others at " + g.where, site, true);
+  self->where = g.where = where, self->site = site;
+  if (++g.arrived < g.threads.size()) {
+    if (!_setjmp(self->context)) go_on();
+    return;
+  }
+  g.arrived = 0, g.rounds++;
+  if (orders) g.met = ++now;
+  for (Fiber *f : g.threads) if (f != self) ready.push_back(f);
+}
+
+static Given &exchange(unsigned mask, const int *mine, int n, const char *where, bool orders, unsigned site) {
+  if (mask != ~0u) report("not emulated: " + who(self->id, site) + " masks lanes of " + where, site, true);
+  Given &given = self->warp->given[self->warp->rounds % 2];
+  memcpy(given[threadIdx.x % 32], mine, n * sizeof(int));
+  meet(*self->warp, where, orders, site);
+  return given;
+}
+
+void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
+void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
+int simt_shuffle(unsigned mask, int bits, int lane) {
+  return exchange(mask, &bits, 1, "a shuffle", !strict, SITE)[lane & 31][0];
+}
+
+// mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
+// in b0, b1 the same bytes of column g of B, and in c columns 2j, 2j+1 of row g, then of row g+8.
+void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1) {
+  int mine[6] = {a0, a1, a2, a3, b0, b1}, g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+  Given &given = exchange(~0u, mine, 6, "an MMA", !strict, SITE);
+  for (int i = 0; i < 4; i++) for (int k = 0; k < 4; k++) for (int half = 0; half < 2; half++)
+    c[i] = __dp4a(given[4 * g + k][i / 2 + 2 * half], given[4 * (2 * j + i % 2) + k][4 + half], c[i]);
+}
+
+// ---- launches
+
+// Tells what a kernel may access: every block if block is -1, or as the shared memory of one, these come first.
+extern "C" void simt_region(const char *name, char *start, size_t size, bool writable, int block) {
+  regions.push_back({name, start, size, writable, block, (Byte *)calloc(size + 1, sizeof(Byte))});
+}
+
+// Runs a kernel on the regions given since the last launch and returns what is wrong with it.
+extern "C" const char *simt_launch(void (*entry)(void **), void **values, unsigned blocks, unsigned threads, bool same,
+                                   bool only_syncwarp) {
+  kernel = entry, arguments = values, excuse_same = same, strict = only_syncwarp;
+  gridDim.x = blocks, blockDim.x = threads, now = 1;
+  findings.clear(), found.clear(), ready.clear(), doubt.p = nullptr;
+  vector<Group> all(blocks), warps(blocks * threads);  // more than enough
+  char *stacks = (char *)malloc(blocks * threads * STACK);
+  fibers.resize(blocks * threads);
+  for (Fiber &f : fibers) {
+    f.id = &f - &fibers[0], f.block = f.id / threads, f.stack = stacks + f.id * STACK;
+    f.all = &all[f.block], f.warp = &warps[f.block * threads + f.id % threads / 32];
+    for (Group *g : {f.all, f.warp}) g->threads.push_back(&f);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = f.stack, context.uc_stack.ss_size = STACK;
+    makecontext(&context, live, 0);
+    self = &f;
+    swapcontext(&starting, &context);
+    ready.push_back(&f);
+  }
+  if (!_setjmp(host)) go_on();
+  for (Region &r : regions) free(r.bytes);
+  regions.clear();
+  free(stacks);
+  return findings.c_str();
+}
+#endif
 """
 
 
-def simt_launcher(source, folder):
-    """launch() for KernelBackend, on an emulated GPU: two blocks of 64 threads, one after the other, dirty scratch."""
-    path = folder / f"{abs(hash(source))}.so"
-    code = SIMT.replace("KERNEL_SOURCE", source.replace('_Pragma("unroll")', ""))
-    flags = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fPIC", "-shared", "-x", "c++"]
-    subprocess.run(["c++", *flags, "-o", str(path), "-"], input=code, text=True, check=True)
-    lib = ctypes.CDLL(str(path))
-    size = np.zeros(2, np.int32)
-    lib.scratch_bytes(*E.c_arguments((size,)))
+class Simt:
+    """A launcher on an emulated GPU; findings of races and bad accesses are AssertionErrors.
 
-    def launch(name, tasks, args, out):
-        scratch = np.full(2 * int(size.max()) + 64, 0xCD, np.uint8)
-        at = ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64)
-        getattr(lib, f"simt_{name}")(*E.c_arguments(args), 0, tasks, at)
+    blocks: how many there are; check: look for races and for accesses out of bounds.
+    """
 
-    return launch
+    def __init__(self, source, folder, arch=800, blocks=2, check=True, shared=232448):
+        self.blocks = blocks
+        signature = r"(?:KERNEL|__global__\s+void(?:\s+__launch_bounds__\(\w+\))?)\s+(\w+)\s*\(([^)]*)\)\s*\{"
+        self.kernels = {name: re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters) for name, parameters in
+                        re.findall(signature, source)}
+        self.code = re.sub(r"(extern\s+__shared__[^;]*?)(\w+)\s*\[\s*\]", r'\1*\2 __asm__("simt_shared")', source)
+        for name, parameters in self.kernels.items():
+            values = ", ".join(f"*({kind} *)values_[{i}]" for i, (kind, _) in enumerate(parameters))
+            self.code += f'\nextern "C" __attribute__((no_sanitize("thread"))) void simt_{name}(void **values_) {{'
+            self.code += f" {name}({values}); }}\n"
+        stem = folder / hashlib.sha256(f"{self.code}{arch}{check}{shared}".encode()).hexdigest()[:16]
+        header, machine, kernel = folder / "simt.cc", folder / "machine.o", f"{stem}.o"
+        header.write_text(SIMT)
+        Path(f"{stem}.cu").write_text(self.code)
+        gcc = ["g++", "-std=c++17", "-w", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]  # that forbids _longjmp
+        if not machine.exists():
+            subprocess.run([*gcc, "-O2", "-c", header, "-o", machine], check=True)
+        hooks = ["-fsanitize=thread,bounds,alignment", "--param", "tsan-instrument-func-entry-exit=0"] if check else []
+        subprocess.run([*gcc, "-O1", *hooks, "-gdwarf-4",  # addr2line gets the files of DWARF 5 wrong
+                        f"-D__CUDA_ARCH__={arch}", f"-DSHARED={shared}", "-include", header, "-x", "c++", "-c",
+                        f"{stem}.cu", "-o", kernel], check=True)
+        self.path = f"{stem}.so"
+        subprocess.run(["g++", "-shared", "-Wl,-z,defs", machine, kernel, "-lm", "-o", self.path], check=True)
+        self.gpu = ctypes.CDLL(self.path)
+        self.gpu.simt_launch.restype = ctypes.c_char_p
+        sizes = np.zeros(7, np.int32)
+        if "sizes" in self.kernels:
+            self.run("sizes", (sizes,), [sizes], 1, 1, 0)
+        self.sizes, self.shared = sizes.tolist(), shared
+
+    def place(self, site):
+        """Where in the source the machine found something, with the lines that it is inlined from."""
+        found = subprocess.run(["addr2line", "-ie", self.path, hex(int(site[1]))], capture_output=True, text=True,
+                               check=True)
+        lines = [int(n) for n in re.findall(r"\.cu:(\d+)", found.stdout)]
+        text = self.code.splitlines()
+        return f" (line {' from '.join(map(str, lines))}: {text[lines[0] - 1].strip()})" if lines else ""
+
+    def run(self, name, args, out, blocks, threads, shared):
+        """Call a kernel on copies of its arrays, well apart from each other; those in `out` are copied back."""
+        values, back, kept = [], [], []
+
+        def put(what, array, writable, block):
+            memory = np.full(2048 + array.nbytes, 0xCD, np.uint8)
+            at = 1024 - memory.ctypes.data % 256
+            copy = memory[at:at + array.nbytes]
+            copy[:] = array.reshape(-1).view(np.uint8)
+            kept.append(memory)
+            self.gpu.simt_region(what.encode(), ctypes.c_void_p(copy.ctypes.data), ctypes.c_size_t(copy.size), writable,
+                                 block)
+            return copy
+
+        for block in range(blocks):
+            put("shared memory", np.full(shared, 0xCD, np.uint8), True, block)
+        for (_, parameter), a in zip(self.kernels[name], args, strict=True):
+            if isinstance(a, np.ndarray):
+                writable = any(a is o for o in out)
+                copy = put(parameter, a, writable, -1)
+                back += [(a, copy)] * writable
+                a = np.uint64(copy.ctypes.data)
+            values.append(np.array(0 if a is None else a))
+        pointers = np.array([v.ctypes.data for v in values], np.uint64)
+        findings = self.gpu.simt_launch(getattr(self.gpu, f"simt_{name}"), ctypes.c_void_p(pointers.ctypes.data),
+                                        blocks, threads, False, True).decode()
+        assert not findings, f"{name}\n" + re.sub(r" @(\d+)", self.place, findings)
+        for a, copy in back:
+            a[...] = copy.view(a.dtype).reshape(a.shape)
+
+    def __call__(self, name, tasks, args, out):
+        """Run the tasks of a kernel."""
+        fast = {"score": self.sizes[2], "update": self.sizes[3]}.get(name, 0)
+        scratch = np.full(self.blocks * max(self.sizes[:2]), 0xCD, np.uint8)
+        self.run(name, (*args, np.int32(0), np.int32(tasks), scratch), [*out, scratch], self.blocks, self.sizes[6],
+                 fast if fast <= self.shared else 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs Linux and a C++ compiler")
 @given(configs(most=40), SEEDS, RANKS, st.integers(1, 70), st.integers(1, 5))
 @examples(6)
-def test_cuda_branch_equals_numpy_on_an_emulated_gpu(tmp_path_factory, cfg, seed, rank, T, members):
-    launch = simt_launcher(E.kernel_source(cfg, rank), tmp_path_factory.mktemp("simt"))
-    assert_equals_numpy(E.KernelBackend(cfg, rank, "cuda", launch), seed, T, members, 1.5)
+def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, seed, rank, T, members):
+    backend = E.KernelBackend(cfg, rank, "cuda", lambda source: Simt(source, simt_folder))
+    assert_equals_numpy(backend, seed, T, members, 1.5)
