@@ -196,7 +196,7 @@ class Model:
     """The state of a run: int8 weights, their fixed scales, and the int16 remainders of the updates."""
 
     cfg: Config
-    q: np.ndarray  # int8, flat; padding is 0
+    q: np.ndarray  # int8, flat; padding is 0. With residual, a CuPy array while the GPU trains it, see `hold`
     scale: np.ndarray  # float32 [rows]; the entries of a vector share one value
     residual: np.ndarray  # int16, flat like q, in units of 2^-15 int8 steps
     step: int = 0
@@ -214,7 +214,12 @@ class Model:
 
     def sha256(self) -> str:
         """Hash of the int8 buffer: two runs are equal when this is."""
-        return hashlib.sha256(self.q.tobytes()).hexdigest()
+        return hashlib.sha256(host(self.q).tobytes()).hexdigest()
+
+
+def host(a: Any) -> np.ndarray:
+    """An array in this computer's memory, wherever it is."""
+    return a if isinstance(a, np.ndarray) else a.get()
 
 
 def new_model(cfg: Config, seed: int) -> Model:
@@ -777,7 +782,8 @@ INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
   #define ENTRY(k, w, o) SIGNED(m->s->noise[COLUMN(k, w) + (o)])
 #else
   #define FOUR(k, w, i) (vi)BYTES(noise(m, k, (w) + (i) / 8), (i) % 8 * 4)
-  #define ENTRY(k, w, o) ((int)(noise(m, k, (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
+  #define ENTRY(k, w, o) \
+    ((int)(noise_word(AT(m->k0, 0), AT(m->k1, 0), (k) * WORDS + (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
 #endif
 
 // input = the terms for d < n in int8, absmax 127, with their products with B of tensor t. Of the terms, those of a
@@ -1004,8 +1010,7 @@ INLINE void time_mix(Model *m, int l) {
   if (l) mix_tokens(m, s->in_u, BLOCK(ATT_X_V), BLOCK(ATT_V1));
   mix_tokens(m, s->in_r, BLOCK(ATT_X_R), BLOCK(ATT_RECEPTANCE_WEIGHT));
   mix_tokens(m, s->in_k, BLOCK(ATT_X_K), BLOCK(ATT_KEY_WEIGHT));
-  mix_tokens(m, s->in_v, BLOCK(ATT_X_V), BLOCK(ATT_VALUE_WEIGHT));
-  SYNC;
+  mix_tokens(m, s->in_v, BLOCK(ATT_X_V), BLOCK(ATT_VALUE_WEIGHT));  // since in_u there were several SYNCs
   matmul(s->lora[0], m, s->in_w, BLOCK(ATT_W1), 0, LORA_W, D);
   matmul(s->lora[1], m, s->in_a, BLOCK(ATT_A1), 0, LORA_A, D);
   matmul(s->lora[2], m, s->in_g, BLOCK(ATT_G1), 0, LORA_G, D);
@@ -1122,7 +1127,6 @@ PART void vectors(Model *m, int from, int count) {
     }
 #endif
   }
-  SYNC;
 }
 
 // Draws the noise of a task's members.
@@ -1169,11 +1173,9 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
     const int member = BATCH ? task * LANES : task;
     m->packed = packed;
     m->rank = c != 0 ? R : 0;
-    SYNC;
     perturb(m, seed, step, member, c);
     m->state = state ? state + (i64)member * (L * STATE) : g->state;
     if (!state) FLAT(i, L * STATE) g->state[i] = 0;
-    SYNC;
     if (STORED) vectors(m, 0, TENSORS);
     for (int t0 = 0; t0 < T; t0 += BATCH ? 1 : LANES) {
       const int left = BATCH ? members - member : T - t0;
@@ -1219,7 +1221,6 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
       vf bits = log2_(total) - (target - top) * LOG2E;
       vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;
       EACH(i, 1) FOR_LANE(t) if (t < m->lanes) ADD(&score[BATCH ? member + t : member], AT(cost, t));
-      SYNC;
     }
   }
 }
@@ -1299,21 +1300,17 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
     for (int j = 0; j < PAD(rows, 16); j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
       const int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, padded = PAD((count + 3) / 4 * 4, 64);
-      SYNC;
       FLAT(p, padded) s->k0[p] = key0(seed, step, p0 + p);
       FLAT(p, padded) s->k1[p] = key1(seed, step, p0 + p);
       for (int k = 0; k < R; k++) {               // column k of all pairs' factors
         SYNC;
         FLAT(p, padded) s->ha[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + o0 / UNIT) : ~0u;
-        SYNC;
         for (int j = 0; j < PAD(rows, 16); j++) FLAT(p, padded) {
           const int fp = p < count ? f[p0 + p] : 0;
           s->fa[PACKED_AT(j, p, PAIRS)] = (s->ha[p] >> j & 1 ? fp : -fp) + BIAS;
         }
         for (int i0 = 0; i0 < cols; i0 += COLUMN_BLOCKS * LANES) {
-          const int blocks = (cols - i0 + LANES - 1) / LANES < COLUMN_BLOCKS ? (cols - i0 + LANES - 1) / LANES
-                                                                            : COLUMN_BLOCKS;
-          SYNC;
+          const int left = (cols - i0 + LANES - 1) / LANES, blocks = left < COLUMN_BLOCKS ? left : COLUMN_BLOCKS;
           for (int i = 0; i < blocks; i++) FLAT(p, padded)
             s->hb[i][p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + (i0 + i * LANES) / 32) >> i0 % 32;
           SYNC;
@@ -1335,7 +1332,6 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
       const int at = t.at + (o0 + j) * cols;
       move(weights + at, residuals + at, s->z[j], gain, cols);
     }
-    SYNC;
   }
 }
 
@@ -1406,7 +1402,7 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
 class NumpyBackend:
     """The reference. Works through the population in chunks, so memory is bounded."""
 
-    name = "numpy"
+    name, xp = "numpy", np
     memory = 2**28  # bytes, roughly: bounds how many members are run at once
 
     def __init__(self, cfg: Config, rank: int) -> None:
@@ -1456,30 +1452,31 @@ class NumpyBackend:
 class KernelBackend:
     """The kernel, on this CPU or on a GPU; methods as in NumpyBackend.
 
-    `build(source)` compiles a kernel source and returns launch(name, tasks, args, out), which runs one of its kernels
-    and then has the arrays in `out` filled, with launch.sizes, what its `sizes` says.
+    `build(source)` compiles a kernel source and returns a launcher: launch(name, tasks, args, out) runs a kernel and
+    fills those arrays of its arguments that are in `out`; launch.sizes is what the kernel `sizes` says; launch.xp is
+    the module, numpy or cupy, of the arrays that need no copying.
     """
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
-        self.units = len(update_units(cfg))
-        self.launchers: dict[str, Any] = {}
-        self.launcher("score")
+        self.launchers: dict[str, tuple[Any, Any]] = {}
+        self.xp = self.launcher("score")[0].xp
 
-    def launcher(self, mode: str) -> Any:
-        """The launcher of a mode of `kernel_source`; compiled when it is first needed."""
+    def launcher(self, mode: str) -> tuple[Any, Any]:
+        """The launcher of a mode of `kernel_source`, compiled when first needed, and room for packed weights."""
         if mode not in self.launchers:
-            self.launchers[mode] = self.build(kernel_source(self.cfg, self.rank, mode))
+            launch = self.build(kernel_source(self.cfg, self.rank, mode))
+            self.launchers[mode] = launch, launch.xp.zeros(launch.sizes[5], np.int8)
         return self.launchers[mode]
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
               state: np.ndarray | None = None, logits: np.ndarray | None = None, mode: str = "") -> np.ndarray:
-        """See NumpyBackend. One token of many members runs in mode "generate", all else in "score"."""
+        """See NumpyBackend. One token of several members runs in mode "generate", all else in "score"."""
         seed, step, sigma = noise
         generate = tokens == 1 and len(start) > 1 and state is not None
-        launch = self.launcher(mode or ("generate" if generate else "score"))
-        cost, packed = np.zeros(len(start), np.int32), np.zeros(launch.sizes[5], np.int8)
-        launch("pack", self.units, (model.q, packed), [packed])
+        launch, packed = self.launcher(mode or ("generate" if generate else "score"))
+        cost = np.zeros(len(start), np.int32)
+        launch("pack", len(update_units(self.cfg)), (model.q, packed), [packed])
         launch("score", -(-len(start) // launch.sizes[4]), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
             np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
@@ -1487,7 +1484,7 @@ class KernelBackend:
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """See NumpyBackend."""
-        self.launcher("score")("update", self.units, (
+        self.launcher("score")[0]("update", len(update_units(self.cfg)), (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
@@ -1549,6 +1546,8 @@ def c_arguments(args: tuple) -> list:
 class CLauncher:
     """Runs kernels on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
 
+    xp = np
+
     def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
         self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
         sizes = np.zeros(7, np.int32)
@@ -1583,47 +1582,61 @@ class CudaLauncher:
     def __init__(self, source: str) -> None:
         import cupy
 
-        self.cupy, device = cupy, cupy.cuda.Device().attributes
-        self.shared = device["MaxSharedMemoryPerBlockOptin"]
-        self.module = cupy.RawModule(code=source, options=(*CUDA_OPTIONS, f"-DSHARED={self.shared}"))
-        sizes = cupy.zeros(7, np.int32)
-        self.module.get_function("sizes")((1,), (1,), (sizes,))
-        self.sizes = sizes.get().tolist()
-        self.kernels: dict[str, tuple[Any, int, int]] = {}
-        most = 0
-        for name, fast in ("score", self.sizes[2]), ("update", self.sizes[3]), ("pack", 0):
-            kernel, shared = self.module.get_function(name), fast if fast <= self.shared else 0
-            kernel.max_dynamic_shared_size_bytes = shared
-            blocks = device["MultiProcessorCount"] * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                kernel.kernel.ptr, self.sizes[6], shared)
-            self.kernels[name] = kernel, blocks, shared
-            most = max(most, blocks)
-        self.scratch = cupy.empty(most * max(self.sizes[:2]), np.uint8)
+        device = cupy.cuda.Device().attributes
+        room = device["MaxSharedMemoryPerBlockOptin"]
+        try:
+            module = cupy.RawModule(code=source, options=(*CUDA_OPTIONS, f"-DSHARED={room}"))
+            sizes = cupy.zeros(7, np.int32)
+            module.get_function("sizes")((1,), (1,), (sizes,))
+            self.xp, self.sizes = cupy, sizes.get().tolist()
+            self.kernels: dict[str, tuple[Any, int, int]] = {}
+            for name, fast in ("score", self.sizes[2]), ("update", self.sizes[3]), ("pack", 0):
+                kernel, shared = module.get_function(name), fast if fast <= room else 0
+                kernel.max_dynamic_shared_size_bytes = shared
+                blocks = device["MultiProcessorCount"] * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                    kernel.kernel.ptr, self.sizes[6], shared)
+                self.kernels[name] = kernel, blocks, shared
+            self.scratch = cupy.empty(max(k[1] for k in self.kernels.values()) * max(self.sizes[:2]), np.uint8)
+        except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
+            raise cuda_trouble(e) from None
         self.kept: dict[int, tuple[np.ndarray, Any]] = {}
-
-    def array(self, a: np.ndarray) -> Any:
-        """A copy on the device."""
-        return self.cupy.asarray(a)
 
     def put(self, a: Any) -> Any:
         """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
         if not isinstance(a, np.ndarray):
             return np.uintp(0) if a is None else a
         if a.flags.writeable:
-            return self.array(a)
+            return self.xp.asarray(a)
         if id(a) not in self.kept:
-            self.kept[id(a)] = (a, self.array(a))
+            self.kept[id(a)] = (a, self.xp.asarray(a))
         return self.kept[id(a)][1]
 
     def __call__(self, name: str, tasks: int, args: tuple, out: list) -> None:
-        """Run the tasks of a kernel, then copy results back into those arrays of `out` that are not on the device."""
+        """Run the tasks of a kernel, then copy back what is in `out` and not on the device."""
         kernel, blocks, shared = self.kernels[name]
-        there = [self.put(a) for a in args]
-        kernel((min(blocks, tasks),), (self.sizes[6],), (*there, np.int32(0), np.int32(tasks), self.scratch),
-               shared_mem=shared)
-        for host, device in zip(args, there, strict=True):
-            if isinstance(host, np.ndarray) and any(host is o for o in out):
-                host[...] = device.get()
+        try:
+            there = [self.put(a) for a in args]
+            kernel((min(blocks, tasks),), (self.sizes[6],), (*there, np.int32(0), np.int32(tasks), self.scratch),
+                   shared_mem=shared)
+            for a, device in zip(args, there, strict=True):
+                if isinstance(a, np.ndarray) and any(a is o for o in out):
+                    a[...] = device.get()
+        except Exception as e:  # noqa: BLE001
+            raise cuda_trouble(e) from None
+
+
+def cuda_trouble(e: Exception) -> UserError:
+    """What to do about an error of CuPy's."""
+    text = f"{type(e).__name__}: {e}".lower()
+    for sign, remedy in {
+        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
+        "memoryallocation": "is out of memory: stop other programs on it, or use a smaller --dim or --layers",
+        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
+        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
+    }.items():
+        if sign in text:
+            return UserError(f"the GPU {remedy}; or use --backend c")
+    return UserError(f"the GPU failed ({(str(e).splitlines() or [text])[0]}): use --backend c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1738,7 +1751,7 @@ ARRAYS = ("q", "scale", "residual")  # a model's arrays
 def save_model(model: Model, path: Path) -> None:
     """Write model.npz (plain numpy arrays) whole or not at all."""
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
-    arrays = {k: getattr(model, k) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
+    arrays = {k: host(getattr(model, k)) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
     with open(tmp, "wb") as f:
         np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
@@ -1803,12 +1816,20 @@ def cuda_device() -> str:
     """Name of the GPU; raises UserError where there is none, saying why."""
     try:
         import cupy
-
+    except ImportError as e:
+        raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
+    try:
+        driver = cupy.cuda.runtime.driverGetVersion()
+        if not driver:
+            raise UserError("no NVIDIA driver was found: install one, or use --backend c")
+        if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
+            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update the "
+                            f"driver, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
         return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    except ImportError:
-        raise UserError("--backend cuda needs CuPy: pip install cupy-cuda12x, or use --backend c") from None
-    except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
-        raise UserError(f"--backend cuda found no working GPU ({str(e).splitlines()[0]}): use --backend c") from None
+    except UserError:
+        raise
+    except Exception as e:  # noqa: BLE001
+        raise cuda_trouble(e) from None
 
 
 def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> Backend:
@@ -1823,9 +1844,15 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
         except UserError as e:
             if name:
                 raise
-            if choice == "c":
-                print(f"note: {e}; going on with numpy, which is much slower", file=sys.stderr)
+            if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
+                slower = "c" if choice == "cuda" else "numpy, which is much slower"
+                print(f"note: {e}; going on with {slower}", file=sys.stderr)
     return NumpyBackend(cfg, rank)
+
+
+def hold(model: Model, backend: Backend) -> None:
+    """Move the weights to where the backend works, so that a step need not copy them."""
+    model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)
 
 
 def plot(out: Path, marks: dict[str, float]) -> None:
@@ -1855,6 +1882,7 @@ def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndar
 
     log.csv and model.npz go to `out` at every validation, the last step's among them; model.npz also after Ctrl-C.
     """
+    hold(model, backend)
     every = max(1, es.steps // 20)  # steps between validations
     stop: list[int] = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1895,37 +1923,101 @@ def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndar
 # The command line
 
 
+def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
+                noise: tuple[int, int, float], state: Any) -> None:
+    """Naive ES, to compare with: +-1 for every weight of every member's matrices, written out anew in each call."""
+    if isinstance(backend, KernelBackend):
+        backend.score(model, text, start, tokens, noise, state, mode="naive")
+        return
+    for i in range(len(start)):
+        own = model.q + signs(pair_keys(*noise[:2], np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
+        backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1], tokens, (0, 0, 0.0),
+                      None if state is None else state[i:i + 1])
+
+
+# int8 operations of a multiprocessor in a clock, by compute capability (NVIDIA's data sheets, without sparsity)
+PEAK = {"75": 2048, "80": 4096, "86": 2048, "89": 2048, "90": 8192, "100": 16384}
+
+
 def bench(cfg: Config, es: ES, backend: Backend) -> None:
-    """Print tokens/s of inference, of the perturbed pass and of the whole step, side by side: medians and quartiles."""
-    model, text = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab)
+    """Print tokens/s, medians and quartiles of runs that take turns, so that a noisy moment hits all.
+
+    Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
+    """
+    model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
     text.setflags(write=False)
-    start = np.repeat(segments(text, es.tokens, es.seed, 0, np.arange(es.population // 2)), 2)
-    runs: dict[str, tuple[Callable[[], object], list[float]]] = {
-        "inference (no perturbation)": (lambda: backend.score(model, text, start, es.tokens, (0, 0, 0.0)), []),
-        "EGGROLL forward": (lambda: backend.score(model, text, start, es.tokens, (0, 0, es.sigma)), []),
-        "EGGROLL whole step": (lambda: es_step(model, backend, text, replace(es, steps=2**31)), []),
+    hold(model, backend)
+    start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
+    each = zero_state(cfg, 1).nbytes  # states of at most 1 GiB
+    generating = min(es.population, max(2, 2**30 // each // 64 * 64))
+    few = min(generating, max(2 * cores(), es.population // 32))  # naive ES has nothing to share, so a few members do
+    state = backend.xp.zeros((generating, *zero_state(cfg, 1).shape[1:]), F32)
+    f = shape_fitness(np.arange(generating // 2))
+
+    def rollout(score: Callable[..., object], members: int, sigma: float, tokens: int) -> None:
+        state[:] = 0
+        for t in range(tokens):
+            score(model, text, start[:members] + t, 1, (0, 0, sigma), state[:members])
+
+    def step() -> None:
+        rollout(backend.score, generating, es.sigma, T)
+        backend.update(model, f, 0, 0, 1.0)
+
+    def naive(*args: Any) -> None:
+        naive_score(backend, *args)
+
+    def scoring(sigma: float) -> Callable[[], object]:
+        return lambda: backend.score(model, text, start, T, (0, 0, sigma))
+
+    lines: dict[str, list[tuple[Callable[[], object], int]]] = {  # what to run for scoring and generation; its tokens
+        "inference, no perturbation": [(scoring(0.0), es.population * T),
+                                       (lambda: rollout(backend.score, generating, 0.0, T), generating * T)],
+        "EGGROLL forward": [(scoring(es.sigma), es.population * T),
+                            (lambda: rollout(backend.score, generating, es.sigma, T), generating * T)],
+        "EGGROLL whole step": [(lambda: es_step(model, backend, text, replace(es, steps=2**31)), es.population * T),
+                               (step, generating * T)],
+        "naive ES forward": [(lambda: naive(model, text, start[:few], T, (0, 0, es.sigma), None), few * T),
+                             (lambda: rollout(naive, few, es.sigma, 4), few * 4)],
     }
-    print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} T={es.tokens} "
-          f"population {es.population} rank {es.rank}")
-    for run, _ in runs.values():
-        run()
-    began = time.perf_counter()
-    while time.perf_counter() - began < 10 or len(runs["EGGROLL whole step"][1]) < 3:
-        for run, seconds in runs.values():  # one after the other, so that a noisy moment hits all
+    seconds: dict[tuple[str, int], list[float]] = {(name, i): [] for name in lines for i in range(2)}
+    rounds, began = -1, time.perf_counter()  # the first round warms up
+    while rounds < 3 or (time.perf_counter() - began < 20 and rounds < 50):
+        for name, i in seconds:
             t = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - t)
-    base = np.median(runs["inference (no perturbation)"][1])
-    for label, (_, seconds) in runs.items():
-        low, mid, high = (es.population * es.tokens / q for q in np.percentile(seconds, [75, 50, 25]))
-        ratio = base / np.median(seconds)
-        print(f"{label:28} {mid:12,.0f} tokens/s  [{low:,.0f} to {high:,.0f}]  {ratio:.3f} of inference")
+            lines[name][i][0]()
+            if backend.name == "cuda":
+                backend.xp.cuda.Device().synchronize()
+            seconds[name, i] += [time.perf_counter() - t] * (rounds >= 0)
+        rounds += 1
+    products = sum(p.size for n, p in cfg.params.items() if p.cols and n != "emb.weight")
+    print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} population {es.population} "
+          f"rank {es.rank}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
+    print(f"{'tokens/s':28}{'scoring':>45}{'generation, ' + format(generating, ',') + ' members':>45}")
+    speed = {k: [lines[k[0]][k[1]][1] / q for q in np.percentile(v, [50, 75, 25])] for k, v in seconds.items()}
+    base = [speed["inference, no perturbation", i][0] for i in range(2)]
+    for name in lines:
+        print(f"{name:28}" + "".join("{:13,.0f} {:>22} {:7.4f}x".format(
+            speed[name, i][0], f"[{speed[name, i][1]:,.0f}, {speed[name, i][2]:,.0f}]", speed[name, i][0] / base[i])
+            for i in range(2)))
+    ratio = [speed["EGGROLL forward", i][0] / speed["naive ES forward", i][0] for i in range(2)]
+    print(f"EGGROLL / naive ES: {ratio[0]:.1f} in scoring, {ratio[1]:.1f} in generation (the paper, arXiv 2511.16652: "
+          "EGGROLL 0.91 and naive ES 0.0041 of inference, 100 or more between them)")
+    rate = 2 * products * speed["EGGROLL forward", 0][0]
+    if backend.name == "cuda":
+        device = backend.xp.cuda.Device()
+        peak = PEAK.get(device.compute_capability, 0) * device.attributes["MultiProcessorCount"] \
+            * device.attributes["ClockRate"] * 1e3
+        share = f", {rate / peak:.1%} of the {peak / 1e12:,.0f} that its tensor cores could do" if peak else ""
+        print(f"EGGROLL forward, scoring: {rate / 1e12:.3f} int8 Tera-operations/s{share}; "
+              f"peak memory on the device {backend.xp.get_default_memory_pool().total_bytes() / 2**20:,.0f} MB")
+    else:
+        print(f"EGGROLL forward, scoring: {rate / 1e9:,.1f} int8 Giga-operations/s")
     try:
         import resource
     except ImportError:  # Windows
         return
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    print(f"peak memory {peak:,.0f} MB")
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(f"peak memory {used:,.0f} MB")
 
 
 class Parser(argparse.ArgumentParser):

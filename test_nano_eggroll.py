@@ -437,6 +437,10 @@ def assert_equals_numpy(backend, seed, T, members, sigma):
         one, two = (run(b, m, text, start, T, (seed, 4, s)) for b in (backend, numpy))
         for a, b in zip(one, two, strict=True):
             np.testing.assert_array_equal(a, b)
+        state = E.zero_state(cfg, members)  # and so does generation, token by token
+        for t in range(min(T, 3)):
+            _, logits, state = run(backend, m, text, start + t, 1, (seed, 4, s), state)
+            np.testing.assert_array_equal(logits[:, 0], two[1][:, t])
     f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
     other = replace(m, q=m.q.copy(), residual=m.residual.copy())
     backend.update(m, f, seed, 4, 77.7)
@@ -1028,6 +1032,8 @@ class Simt:
 
     blocks: how many there are; check: look for races and for accesses out of bounds.
     """
+
+    xp = np
 
     def __init__(self, source, folder, arch=800, blocks=2, check=True, shared=232448):
         self.blocks = blocks
