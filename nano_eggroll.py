@@ -494,8 +494,6 @@ typedef long long i64;
   #define PAD(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
   #define PACKED_AT(o, k, cols) (((o) / 16 * (PAD(cols, 64) / 64) + (k) / 64) * 1024 + (o) % 16 * 64 + (k) % 64)
   #define COLUMN_BLOCKS 8                         // blocks of LANES columns that an update works on at a time
-  #define V1(x) ((x)[LANE])                       // all lanes of one
-  #define Q1(x) ((x)[LANE])
   #define V(x, d) ((x)[d][LANE])                  // all lanes of channel d of a float buffer
   #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
   #define INLINE static __device__ __forceinline__
@@ -592,8 +590,6 @@ typedef long long i64;
   #define PAD(n, unit) (n)
   #define PACKED_AT(o, k, cols) ((o) * (cols) + (k))
   #define COLUMN_BLOCKS 1
-  #define V1(x) (*(vf *)(x))
-  #define Q1(x) (*(vi *)(x))
   #define V(x, d) (*(vf *)(x)[d])
   #define Q(x, d) (*(vi *)(x)[d])
   #define INLINE static inline __attribute__((always_inline))
@@ -709,9 +705,9 @@ INLINE vi minus(vu h, int j) { return (vi)(~h << (31 - j)) & (int)0x80000000; }
 #define WIDEST (F > D ? F : D)
 #define INPUT(name, n) int name[LANES * (2 + R) + CODE_WORDS(n)]
 typedef struct {                                  // a quantised input of a product
-  float sx[LANES];                                // scale of each lane
+  float sx[1][LANES];                             // scale of each lane
   int p[R][LANES];                                // the products of its codes with B
-  int start[LANES];                               // what sums with biased weights start from: -BIAS times sum of codes
+  int start[1][LANES];                            // what sums with biased weights start from: -BIAS times sum of codes
   int q[4];                                       // codes: int8, four channels to a word; there are CODE_WORDS
 } Input;
 
@@ -765,8 +761,17 @@ typedef struct {
 } Model;
 
 #define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
+#define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
 #define SIGNED(biased) ((i8)((biased) - BIAS))
 #define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a stored factor starts, given its first word
+
+#ifndef __CUDACC__
+INLINE int load4(const i8 *w) {                   // four bytes that may start anywhere
+  int x;
+  memcpy(&x, w, 4);
+  return x;
+}
+#endif
 
 INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
   return mix_lanes(mix_lanes((u32)(k * WORDS + word) + m->k0) ^ m->k1);
@@ -786,42 +791,43 @@ INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
     ((int)(noise_word(AT(m->k0, 0), AT(m->k1, 0), (k) * WORDS + (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
 #endif
 
-// input = the terms for d < n in int8, absmax 127, with their products with B of tensor t. Of the terms, those of a
-// warp's own channels (see EACH) must be there; it contains a SYNC, after which all must.
-#define QUANTISE(input, t, d, n, term) { \
-    Input *in_ = (Input *)(input); \
-    EACH(i_, 1) for (int k_ = 0; k_ < R; k_++) Q(in_->p, k_) = isplat(0); \
-    TOP_ALL(1e-30f, top_, d, n, vabs(term)) \
-    const vf inv_ = 127.0f / top_; \
-    vi sum_ = isplat(0), p_[R]; \
-    UNROLL for (int k_ = 0; k_ < R; k_++) p_[k_] = isplat(0); \
-    EACH(i_, ((n) + 15) / 16) UNROLL for (int j_ = 4 * i_; j_ < 4 * i_ + 4; j_++) { \
-      vi code_ = isplat(0); \
-      UNROLL for (int b_ = 0; b_ < 4; b_++) { \
-        const int d = 4 * j_ + b_; \
-        if (d < (n)) code_ |= (AS_I((term) * inv_ + MAGIC) & 255) << 8 * b_; \
-      } \
-      CODE(in_->q, n, j_) = code_; \
-      if (BIAS) sum_ = dot4(sum_, code_, isplat(0x01010101)); \
-      if (m->rank) UNROLL for (int k_ = 0; k_ < R; k_++) \
-        p_[k_] = dot4(p_[k_], code_, FOUR(k_, (t).word + WORDS_OF((t).out), j_)); \
-    } \
-    if (m->rank) UNROLL for (int k_ = 0; k_ < R; k_++) ADD(&Q(in_->p, k_), p_[k_] - sum_ * BIAS); \
-    EACH(i_, 1) V1(in_->sx) = top_ * (1.0f / 127); \
-    EACH(i_, 1) Q1(in_->start) = sum_ * -BIAS; }
+// input = n channels of x in int8, absmax 127, with their products with B of tensor t; or, with `shift`, of h + (h of the
+// token before - h) mu. A warp's own channels of x (see EACH) must be there; after the SYNC in it, all must.
+PART void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tensor mu) {
+  FAST(Fast, s, m->s);
+  Input *in = (Input *)input;
+  #define TERM(d) (shift ? V(x, d) + V(s->dx, d) * PARAM(mu, d) : splat(V(x, d)))
+  EACH(i, 1) for (int k = 0; k < R; k++) Q(in->p, k) = isplat(0);
+  TOP_ALL(1e-30f, top, d, n, vabs(TERM(d)))
+  const vf inv = 127.0f / top;
+  vi sum = isplat(0), p[R];
+  UNROLL for (int k = 0; k < R; k++) p[k] = isplat(0);
+  EACH(i, (n + 15) / 16) UNROLL for (int j = 4 * i; j < 4 * i + 4; j++) {
+    vi code = isplat(0);
+    UNROLL for (int b = 0; b < 4; b++) if (4 * j + b < n) code |= (AS_I(TERM(4 * j + b) * inv + MAGIC) & 255) << 8 * b;
+    CODE(in->q, n, j) = code;
+    if (BIAS) sum = dot4(sum, code, isplat(0x01010101));
+    if (m->rank) UNROLL for (int k = 0; k < R; k++) p[k] = dot4(p[k], code, FOUR(k, t.word + WORDS_OF(t.out), j));
+  }
+  if (m->rank) UNROLL for (int k = 0; k < R; k++) ADD(&Q(in->p, k), p[k] - sum * BIAS);
+  EACH(i, 1) V(in->sx, 0) = top * (1.0f / 127);
+  EACH(i, 1) Q(in->start, 0) = sum * -BIAS;
+}
 
 #ifdef __CUDACC__
 // c += 16 packed rows times the codes of 32 lanes, n long. A warp holds the 16 x 32 results so that c[j][i] of a thread
 // is row LANE / 4 + 8 (i / 2) and lane 8 (LANE % 4) + 4 (i % 2) + j: eight lanes in a row, for whole 16-byte stores.
 INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int stride) {
 #ifdef MMA  // which columns go together in a product is free as long as rows and codes agree: 16 bytes at a time do
-  for (int k = 0; k < n; k += 64) {
-    const int4 lo = ((const int4 *)(rows + 16 * k))[LANE], hi = ((const int4 *)(rows + 16 * k))[LANE + 32];
-    UNROLL for (int j = 0; j < 4; j++) {
+  for (int k0 = 0; k0 < n; k0 += 128) {           // that many at once, so that loads do not wait for each other
+    int4 w[4];
+    UNROLL for (int i = 0; i < 4; i++)
+      if (k0 + i / 2 * 64 < n) w[i] = ((const int4 *)(rows + 16 * k0))[LANE + 32 * i];
+    UNROLL for (int i = 0; i < 4; i += 2) if (k0 + i * 32 < n) UNROLL for (int j = 0; j < 4; j++) {
       const int lane = LANE / 8 * 8 + LANE / 4 % 2 * 4 + j;
-      const int4 x = *(const int4 *)((const i8 *)codes + lane * stride + k + LANE % 4 * 16);
-      MMA(c[j], lo.x, hi.x, lo.y, hi.y, x.x, x.y);
-      MMA(c[j], lo.z, hi.z, lo.w, hi.w, x.z, x.w);
+      const int4 x = *(const int4 *)((const i8 *)codes + lane * stride + k0 + i * 32 + LANE % 4 * 16);
+      MMA(c[j], w[i].x, w[i + 1].x, w[i].y, w[i + 1].y, x.x, x.y);
+      MMA(c[j], w[i].z, w[i + 1].z, w[i].w, w[i + 1].w, x.z, x.w);
     }
   }
 #else
@@ -855,7 +861,7 @@ PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int row
           z[j] = z[j] + AS_F(AS_I(xb) ^ minus(BATCH ? LANE_OF(h, lane) : h, row % 32));
         }
       }
-      UNROLL for (int j = 0; j < 8; j++) z[j] = z[j] * scale * in->sx[LANE % 4 * 8 + j];
+      UNROLL for (int j = 0; j < 8; j++) z[j] = z[j] * scale * in->sx[0][LANE % 4 * 8 + j];
       float4 *to = (float4 *)(y[row - first] + LANE % 4 * 8);
       if (row - first < rows) UNROLL for (int j = 0; j < 2; j++)
         to[j] = make_float4(z[4 * j], z[4 * j + 1], z[4 * j + 2], z[4 * j + 3]);
@@ -865,42 +871,37 @@ PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int row
 }
 
 // S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width. Eight threads share a
-// value channel: each has every eighth key and one of the eight running sums. A thread has EACH_CHANNELS channels.
+// value channel: each has every eighth key and one of the eight running sums, of one or two channels.
 #define CHANNELS (N % 2 ? 1 : 2)
 #define KEYS ((N + 7) / 8)
 PART void recurrence(Model *m, int l, int c, int width) {
   FAST(Fast, s, m->s);
-  const int first = LANE / 4;
+  #define EACH_KEY(i, j) UNROLL for (int i = 0, j = LANE / 4; i < KEYS; i++, j += 8) if (mine && j < N)
+  #define EACH_CHANNEL(e) UNROLL for (int e = 0; e < CHANNELS; e++)
   EACH(u, (width + 4 * CHANNELS - 1) / (4 * CHANNELS)) {
     const int d = (4 * u + LANE % 4) * CHANNELS, head = d / N * N;
     const bool mine = d < width;
     float z[CHANNELS][KEYS];
-    for (int t = 0; t < m->lanes; t++) {
-      float *S = m->state + (BATCH ? (i64)t * (L * STATE) : 0) + l * STATE + D * 2 + (c + head) * N + (d - head);
-      #define EACH_KEY(i, j) UNROLL for (int i = 0, j = first; i < KEYS; i++, j += 8) if (mine && j < N)
-      #define EACH_CHANNEL(e) UNROLL for (int e = 0; e < CHANNELS; e++)
-      if (BATCH || t == 0) EACH_KEY(i, j) EACH_CHANNEL(e) z[e][i] = S[j * N + e];
-      float v[CHANNELS], sa[CHANNELS], y[CHANNELS];
-      EACH_CHANNEL(e) { sa[e] = y[e] = 0; v[e] = mine ? s->v[d + e][t] : 0; }
-      EACH_KEY(i, j) EACH_CHANNEL(e) sa[e] = sa[e] + z[e][i] * s->kk[head + j][t];
-      UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) sa[e] += __shfl_xor_sync(~0u, sa[e], step);
-      EACH_KEY(i, j) EACH_CHANNEL(e) {
-        z[e][i] = z[e][i] * s->w[head + j][t] + -sa[e] * s->a[head + j][t] + v[e] * s->k[head + j][t];
-        y[e] = y[e] + z[e][i] * s->r[head + j][t];
+    for (int t0 = 0; t0 < (BATCH ? m->lanes : 1); t0++) {  // with BATCH each lane has a state of its own
+      float *S = STATE_OF(t0) + D * 2 + (c + head) * N + (d - head);
+      EACH_KEY(i, j) EACH_CHANNEL(e) z[e][i] = S[j * N + e];
+      for (int t = t0; t < (BATCH ? t0 + 1 : m->lanes); t++) {
+        float v[CHANNELS], sa[CHANNELS], y[CHANNELS];
+        EACH_CHANNEL(e) { sa[e] = y[e] = 0; v[e] = mine ? s->v[d + e][t] : 0; }
+        EACH_KEY(i, j) EACH_CHANNEL(e) sa[e] = sa[e] + z[e][i] * s->kk[head + j][t];
+        UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) sa[e] += __shfl_xor_sync(~0u, sa[e], step);
+        EACH_KEY(i, j) EACH_CHANNEL(e) {
+          z[e][i] = z[e][i] * s->w[head + j][t] + -sa[e] * s->a[head + j][t] + v[e] * s->k[head + j][t];
+          y[e] = y[e] + z[e][i] * s->r[head + j][t];
+        }
+        UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) y[e] += __shfl_xor_sync(~0u, y[e], step);
+        if (mine && LANE < 4) EACH_CHANNEL(e) s->y[c + d + e][t] = y[e];
       }
-      UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) y[e] += __shfl_xor_sync(~0u, y[e], step);
-      if (mine && first == 0) EACH_CHANNEL(e) s->y[c + d + e][t] = y[e];
-      if (BATCH || t == m->lanes - 1) EACH_KEY(i, j) EACH_CHANNEL(e) S[j * N + e] = z[e][i];
+      EACH_KEY(i, j) EACH_CHANNEL(e) S[j * N + e] = z[e][i];
     }
   }
 }
 #else
-INLINE int load4(const i8 *w) {                   // four bytes that may start anywhere
-  int x;
-  memcpy(&x, w, 4);
-  return x;
-}
-
 // acc[j] += the products of `words` words of codes with row j of w, j < n
 INLINE void dot_rows(vi *acc, int n, const int *codes, int words, const i8 *w, int cols) {
   for (int k = 0; k < words; k++) {
@@ -911,7 +912,7 @@ INLINE void dot_rows(vi *acc, int n, const int *codes, int words, const i8 *w, i
 
 INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Tensor t, int o, int n, int cols) {
   vi acc[ROWS];
-  UNROLL for (int j = 0; j < n; j++) acc[j] = Q1(in->start);
+  UNROLL for (int j = 0; j < n; j++) acc[j] = Q(in->start, 0);
   dot_rows(acc, n, in->q, (cols + 3) / 4, m->packed + t.pack + o * cols, cols);
   vf z[ROWS];
   UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
@@ -925,7 +926,7 @@ INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Te
   #endif
   }
   const float *scale = m->scale + t.row + o;
-  UNROLL for (int j = 0; j < n; j++) V(y, j) = z[j] * scale[j] * V1(in->sx);
+  UNROLL for (int j = 0; j < n; j++) V(y, j) = z[j] * scale[j] * V(in->sx, 0);
 }
 
 // y = x (W + c A B^T)^T of rows `first` and on, for a quantised x
@@ -943,18 +944,19 @@ PART void recurrence(Model *m, int l, int c, int width) {
   FAST(Fast, s, m->s);
   for (int head = 0; head < width; head += N) for (int i0 = 0; i0 < N; i0 += LANES) {
     vf z[N];
-    for (int t = 0; t < m->lanes; t++) {
-      float *S = m->state + (BATCH ? (i64)t * (L * STATE) : 0) + l * STATE + D * 2 + (c + head) * N + i0;
-      if (BATCH || t == 0) for (int j = 0; j < N; j++) FOR_LANE(i) z[j][i] = i0 + i < N ? S[j * N + i] : 0;
-      vf v;
-      FOR_LANE(i) v[i] = i0 + i < N ? s->v[head + i0 + i][t] : 0;
-      SUM(minus_sa, j, N, z[j] * s->kk[head + j][t])
-      vf sa = -minus_sa;
-      SUM(y, j, N, (z[j] = z[j] * s->w[head + j][t] + sa * s->a[head + j][t] + v * s->k[head + j][t])
-                   * s->r[head + j][t])
-      FOR_LANE(i) if (i0 + i < N) s->y[c + head + i0 + i][t] = y[i];
-      if (BATCH || t == m->lanes - 1)
-        for (int j = 0; j < N; j++) FOR_LANE(i) if (i0 + i < N) S[j * N + i] = z[j][i];
+    for (int t0 = 0; t0 < (BATCH ? m->lanes : 1); t0++) {  // with BATCH each lane has a state of its own
+      float *S = STATE_OF(t0) + D * 2 + (c + head) * N + i0;
+      for (int j = 0; j < N; j++) FOR_LANE(i) z[j][i] = i0 + i < N ? S[j * N + i] : 0;
+      for (int t = t0; t < (BATCH ? t0 + 1 : m->lanes); t++) {
+        vf v;
+        FOR_LANE(i) v[i] = i0 + i < N ? s->v[head + i0 + i][t] : 0;
+        SUM(minus_sa, j, N, z[j] * s->kk[head + j][t])
+        vf sa = -minus_sa;
+        SUM(y, j, N, (z[j] = z[j] * s->w[head + j][t] + sa * s->a[head + j][t] + v * s->k[head + j][t])
+                     * s->r[head + j][t])
+        FOR_LANE(i) if (i0 + i < N) s->y[c + head + i0 + i][t] = y[i];
+      }
+      for (int j = 0; j < N; j++) FOR_LANE(i) if (i0 + i < N) S[j * N + i] = z[j][i];
     }
   }
 }
@@ -969,18 +971,19 @@ PART void normalise(Model *m, buf y, buf x, Tensor w, Tensor b) {
   SYNC;
 }
 
-// dx = the input of the token before, minus h; `carry`, of lane 0, keeps the last one for the next call
-PART void token_shift(Model *m, float *carry) {
+// dx = the input of the token before, minus h; the state, from `at`, keeps the last one for the next call
+PART void token_shift(Model *m, int l, int at) {
   FAST(Fast, s, m->s);
 #if BATCH
   EACH(t, m->lanes) {
-    float *last = carry + (i64)t * (L * STATE);
+    float *last = STATE_OF(t) + at;
     SPREAD(d, D) {
       s->dx[d][t] = last[d] - s->h[d][t];
       last[d] = s->h[d][t];
     }
   }
 #else
+  float *carry = STATE_OF(0) + at;
   EACH(d, D) V(s->dx, d) = before(s->h[d], carry[d]) - V(s->h, d);
   SYNC;
   FLAT(d, D) carry[d] = s->h[d][m->lanes - 1];
@@ -988,29 +991,21 @@ PART void token_shift(Model *m, float *carry) {
   SYNC;
 }
 
-// The quantised input of tensor t: n channels of a buffer
-PART void quantise(Model *m, int *input, buf x, int n, Tensor t) {
-  QUANTISE(input, t, d, n, V(x, d))
-}
-
-// and h + (h of the token before - h) mu
-PART void mix_tokens(Model *m, int *input, Tensor mu, Tensor t) {
-  FAST(Fast, s, m->s);
-  QUANTISE(input, t, d, D, V(s->h, d) + V(s->dx, d) * PARAM(mu, d))
-}
+#define PLAIN(input, x, n, kind) quantise(m, input, x, n, BLOCK(kind), 0, BLOCK(kind))
+#define MIXED(input, mu, kind) quantise(m, input, s->h, D, BLOCK(kind), 1, BLOCK(mu))
 
 INLINE void time_mix(Model *m, int l) {
   FAST(Fast, s, m->s);
   buf x = m->g->x, v_first = m->g->v_first;
   normalise(m, s->h, x, BLOCK(LN1_WEIGHT), BLOCK(LN1_BIAS));
-  token_shift(m, m->state + l * STATE);
-  mix_tokens(m, s->in_w, BLOCK(ATT_X_W), BLOCK(ATT_W1));
-  mix_tokens(m, s->in_a, BLOCK(ATT_X_A), BLOCK(ATT_A1));
-  mix_tokens(m, s->in_g, BLOCK(ATT_X_G), BLOCK(ATT_G1));
-  if (l) mix_tokens(m, s->in_u, BLOCK(ATT_X_V), BLOCK(ATT_V1));
-  mix_tokens(m, s->in_r, BLOCK(ATT_X_R), BLOCK(ATT_RECEPTANCE_WEIGHT));
-  mix_tokens(m, s->in_k, BLOCK(ATT_X_K), BLOCK(ATT_KEY_WEIGHT));
-  mix_tokens(m, s->in_v, BLOCK(ATT_X_V), BLOCK(ATT_VALUE_WEIGHT));  // since in_u there were several SYNCs
+  token_shift(m, l, 0);
+  MIXED(s->in_w, ATT_X_W, ATT_W1);
+  MIXED(s->in_a, ATT_X_A, ATT_A1);
+  MIXED(s->in_g, ATT_X_G, ATT_G1);
+  if (l) MIXED(s->in_u, ATT_X_V, ATT_V1);
+  MIXED(s->in_r, ATT_X_R, ATT_RECEPTANCE_WEIGHT);
+  MIXED(s->in_k, ATT_X_K, ATT_KEY_WEIGHT);
+  MIXED(s->in_v, ATT_X_V, ATT_VALUE_WEIGHT);  // since in_u there were several SYNCs
   matmul(s->lora[0], m, s->in_w, BLOCK(ATT_W1), 0, LORA_W, D);
   matmul(s->lora[1], m, s->in_a, BLOCK(ATT_A1), 0, LORA_A, D);
   matmul(s->lora[2], m, s->in_g, BLOCK(ATT_G1), 0, LORA_G, D);
@@ -1018,10 +1013,10 @@ INLINE void time_mix(Model *m, int l) {
   SYNC;
   EACH(d, LORA_W) V(s->lora[0], d) = tanh_(V(s->lora[0], d));
   EACH(d, LORA_G) V(s->lora[2], d) = sigmoid(V(s->lora[2], d));
-  quantise(m, s->lora_w, s->lora[0], LORA_W, BLOCK(ATT_W2));
-  quantise(m, s->lora_a, s->lora[1], LORA_A, BLOCK(ATT_A2));
-  quantise(m, s->lora_g, s->lora[2], LORA_G, BLOCK(ATT_G2));
-  if (l) quantise(m, s->lora_v, s->lora[3], LORA_V, BLOCK(ATT_V2));
+  PLAIN(s->lora_w, s->lora[0], LORA_W, ATT_W2);
+  PLAIN(s->lora_a, s->lora[1], LORA_A, ATT_A2);
+  PLAIN(s->lora_g, s->lora[2], LORA_G, ATT_G2);
+  if (l) PLAIN(s->lora_v, s->lora[3], LORA_V, ATT_V2);
   SYNC;
   for (int c = 0; c < D; c += GROUP) {            // some heads at a time
     const int width = D - c < GROUP ? D - c : GROUP;
@@ -1074,7 +1069,7 @@ INLINE void time_mix(Model *m, int l) {
     }
     SYNC;
   }
-  quantise(m, s->in_r, s->y, D, BLOCK(ATT_OUTPUT_WEIGHT));
+  PLAIN(s->in_r, s->y, D, ATT_OUTPUT_WEIGHT);
   SYNC;
   matmul(s->h, m, s->in_r, BLOCK(ATT_OUTPUT_WEIGHT), 0, D, D);
   SYNC;
@@ -1086,8 +1081,8 @@ INLINE void channel_mix(Model *m, int l) {
   FAST(Fast, s, m->s);
   buf x = m->g->x;
   normalise(m, s->h, x, BLOCK(LN2_WEIGHT), BLOCK(LN2_BIAS));
-  token_shift(m, m->state + l * STATE + D);
-  mix_tokens(m, s->in_k, BLOCK(FFN_X_K), BLOCK(FFN_KEY_WEIGHT));
+  token_shift(m, l, D);
+  MIXED(s->in_k, FFN_X_K, FFN_KEY_WEIGHT);
   SYNC;
   matmul(s->wide, m, s->in_k, BLOCK(FFN_KEY_WEIGHT), 0, F, D);
   SYNC;
@@ -1095,7 +1090,7 @@ INLINE void channel_mix(Model *m, int l) {
     vf k = vmax(V(s->wide, d), splat(0.0f));
     V(s->wide, d) = k * k;
   }
-  quantise(m, s->in_wide, s->wide, F, BLOCK(FFN_VALUE_WEIGHT));
+  PLAIN(s->in_wide, s->wide, F, FFN_VALUE_WEIGHT);
   SYNC;
   matmul(s->h, m, s->in_wide, BLOCK(FFN_VALUE_WEIGHT), 0, D, F);
   SYNC;
@@ -1208,7 +1203,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
       }
       if (!STORED) vectors(m, 0, GLOBALS);
       normalise(m, s->h, x, TABLE[LN_OUT_WEIGHT], TABLE[LN_OUT_BIAS]);
-      quantise(m, s->in_r, s->h, D, TABLE[HEAD_WEIGHT]);
+      quantise(m, s->in_r, s->h, D, TABLE[HEAD_WEIGHT], 0, TABLE[HEAD_WEIGHT]);
       SYNC;
       matmul(g->logits, m, s->in_r, TABLE[HEAD_WEIGHT], 0, VOCAB, D);
       SYNC;
