@@ -782,11 +782,11 @@ INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
 #else
   #define PARAM(t, d) (m->s->vec[(t).vec - m->vec + (d)])
 #endif
-#if STORED  // word `w` starts the entries meant: entries 4i to 4i+3 as bytes, and entry o
-  #define FOUR(k, w, i) isplat(load4(m->s->noise + COLUMN(k, w) + 4 * (i)))
+#if STORED  // entries 4i to 4i+3 as bytes and entry o, of those that word w starts; h: the word that holds them
+  #define FOUR(k, w, i, h) isplat(load4(m->s->noise + COLUMN(k, w) + 4 * (i)))
   #define ENTRY(k, w, o) SIGNED(m->s->noise[COLUMN(k, w) + (o)])
 #else
-  #define FOUR(k, w, i) (vi)BYTES(noise(m, k, (w) + (i) / 8), (i) % 8 * 4)
+  #define FOUR(k, w, i, h) (vi)BYTES(h, (i) % 8 * 4)
   #define ENTRY(k, w, o) \
     ((int)(noise_word(AT(m->k0, 0), AT(m->k1, 0), (k) * WORDS + (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
 #endif
@@ -802,12 +802,18 @@ PART void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tens
   const vf inv = 127.0f / top;
   vi sum = isplat(0), p[R];
   UNROLL for (int k = 0; k < R; k++) p[k] = isplat(0);
-  EACH(i, (n + 15) / 16) UNROLL for (int j = 4 * i; j < 4 * i + 4; j++) {
-    vi code = isplat(0);
-    UNROLL for (int b = 0; b < 4; b++) if (4 * j + b < n) code |= (AS_I(TERM(4 * j + b) * inv + MAGIC) & 255) << 8 * b;
-    CODE(in->q, n, j) = code;
-    if (BIAS) sum = dot4(sum, code, isplat(0x01010101));
-    if (m->rank) UNROLL for (int k = 0; k < R; k++) p[k] = dot4(p[k], code, FOUR(k, t.word + WORDS_OF(t.out), j));
+  EACH(i, (n + 15) / 16) {
+    const int word = t.word + WORDS_OF(t.out);
+    vu h[R];
+    if (m->rank && !STORED) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, word + i / 2);
+    UNROLL for (int j = 4 * i; j < 4 * i + 4; j++) {
+      vi code = isplat(0);
+      UNROLL for (int b = 0; b < 4; b++)
+        if (4 * j + b < n) code |= (AS_I(TERM(4 * j + b) * inv + MAGIC) & 255) << 8 * b;
+      CODE(in->q, n, j) = code;
+      if (BIAS) sum = dot4(sum, code, isplat(0x01010101));
+      if (m->rank) UNROLL for (int k = 0; k < R; k++) p[k] = dot4(p[k], code, FOUR(k, word, j, h[k]));
+    }
   }
   if (m->rank) UNROLL for (int k = 0; k < R; k++) ADD(&Q(in->p, k), p[k] - sum * BIAS);
   EACH(i, 1) V(in->sx, 0) = top * (1.0f / 127);
@@ -1142,8 +1148,8 @@ INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
 #endif
 #if NAIVE  // what EGGROLL avoids: +-1 for every weight of a matrix, and the whole matrices written out
   FLAT(i, PACKED / 4) {
-    int w = ((const int *)m->packed)[i], e = BYTES(noise_word(AT(m->k0, 0), AT(m->k1, 0), R * WORDS + i / 8), i % 8 * 4);
-    e ^= BIAS * 0x01010101;
+    const u32 h = noise_word(AT(m->k0, 0), AT(m->k1, 0), R * WORDS + i / 8) ^ -(u32)(member % 2);
+    const int w = ((const int *)m->packed)[i], e = BYTES(h, i % 8 * 4) ^ BIAS * 0x01010101u;
     ((int *)m->g->packed)[i] = ((w & 0x7F7F7F7F) + (e & 0x7F7F7F7F)) ^ ((w ^ e) & (int)0x80808080);  // bytes added
   }
   m->packed = m->g->packed;
@@ -1246,7 +1252,7 @@ typedef struct ALIGNED {
 
 // z += fa b for all rows and a block of columns
 #ifdef __CUDACC__
-INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
+PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
   for (int j = 0; j < rows; j += 16) if (worker++ % WARPS == WARP) {
     int acc[4][4] = {};
     multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, CODES(PAIRS));
@@ -1262,7 +1268,7 @@ INLINE void accumulate_rows(Update *s, const int *b, vi start, int column, int j
   UNROLL for (int i = 0; i < n; i++) *(vi *)&s->z[j + i][column] = acc[i];
 }
 
-INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
+PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
   vi start = isplat(0);
   if (BIAS) for (int q = 0; q < pairs / 4; q++) start = dot4(start, CODE(b, PAIRS, q), isplat(0x01010101));
   start *= -BIAS;
@@ -1454,7 +1460,7 @@ class KernelBackend:
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
-        self.launchers: dict[str, tuple[Any, Any]] = {}
+        self.units, self.launchers = len(update_units(cfg)), dict[str, tuple[Any, Any]]()
         self.xp = self.launcher("score")[0].xp
 
     def launcher(self, mode: str) -> tuple[Any, Any]:
@@ -1471,7 +1477,7 @@ class KernelBackend:
         generate = tokens == 1 and len(start) > 1 and state is not None
         launch, packed = self.launcher(mode or ("generate" if generate else "score"))
         cost = np.zeros(len(start), np.int32)
-        launch("pack", len(update_units(self.cfg)), (model.q, packed), [packed])
+        launch("pack", self.units, (model.q, packed), [packed])
         launch("score", -(-len(start) // launch.sizes[4]), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
             np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
@@ -1479,7 +1485,7 @@ class KernelBackend:
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """See NumpyBackend."""
-        self.launcher("score")[0]("update", len(update_units(self.cfg)), (
+        self.launcher("score")[0]("update", self.units, (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
@@ -1934,8 +1940,8 @@ def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndar
 PEAK = {"75": 2048, "80": 4096, "86": 2048, "89": 2048, "90": 8192, "100": 16384}
 
 
-def bench(cfg: Config, es: ES, backend: Backend) -> None:
-    """Print tokens/s, medians and quartiles of runs that take turns, so that a noisy moment hits all.
+def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
+    """Print tokens/s, medians and quartiles of `least` seconds of runs that take turns, so that a noisy moment hits all.
 
     Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
     """
@@ -1976,7 +1982,7 @@ def bench(cfg: Config, es: ES, backend: Backend) -> None:
     }
     seconds: dict[tuple[str, int], list[float]] = {(name, i): [] for name in lines for i in range(2)}
     rounds, began = -1, time.perf_counter()  # the first round warms up
-    while rounds < 3 or (time.perf_counter() - began < 20 and rounds < 50):
+    while rounds < 3 or (time.perf_counter() - began < least and rounds < 50):
         for name, i in seconds:
             t = time.perf_counter()
             lines[name][i][0]()

@@ -2,7 +2,7 @@
 
     pytest              the fixed examples that CI runs
     HUNT=1 pytest       25 times as many, newly drawn
-    pytest -k cuda      what concerns CUDA; with a GPU, everything runs on it, too
+    pytest -k cuda      what concerns CUDA; with a GPU, on it, too
 """
 
 import ctypes
@@ -18,10 +18,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import nano_eggroll as E
@@ -731,25 +732,42 @@ def test_the_tales_are_what_their_generator_writes(tmp_path):
 # CUDA
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90])
-@pytest.mark.parametrize("shape", [(64, 2, 16, 1), (30, 1, 15, 3)])
-def test_cuda_source_compiles(arch, shape):
-    """The kernel compiles for GPUs that need not be there."""
+SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may have
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("shape", [(256, 6, 16, 1, "score"), (256, 6, 64, 1, "score"), (64, 2, 16, 1, "generate"),
+                                   (30, 1, 15, 3, "score"), (64, 2, 64, 2, "naive")])
+def test_cuda_source_compiles_without_spills(arch, shape):
+    """For GPUs that need not be there; the compiler's report says that no register of a hot function is spilled."""
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc")
     try:
         nvrtc.getVersion()
     except Exception as e:  # noqa: BLE001
         pytest.skip(f"no NVRTC library: {e}")
-    cfg = E.Config(dim=shape[0], layers=shape[1], head_size=shape[2])
-    program = nvrtc.createProgram(E.kernel_source(cfg, shape[3]), "kernel.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (*E.CUDA_OPTIONS, f"--gpu-architecture=compute_{arch}"))
-    except Exception:  # noqa: BLE001
-        pytest.fail(nvrtc.getProgramLog(program))
+    if arch not in nvrtc.getSupportedArchs():
+        pytest.skip(f"this NVRTC does not know sm_{arch}")
+    dim, layers, head_size, rank, mode = shape
+    source = E.kernel_source(E.Config(dim=dim, layers=layers, head_size=head_size), rank, mode)
+    options = (*E.CUDA_OPTIONS, f"-DSHARED={SHARED[arch]}", "--ptxas-options=-v")
+    for kind in "sm", "compute":
+        program = nvrtc.createProgram(source, "kernel.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, (*options, f"--gpu-architecture={kind}_{arch}"))
+        except Exception:  # noqa: BLE001
+            pytest.fail(nvrtc.getProgramLog(program))
+        if kind == "sm":
+            report = nvrtc.getProgramLog(program)
     ptx = nvrtc.getPTX(program)
-    assert b".entry score" in ptx
-    assert b".entry update" in ptx
     assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
+    assert (b"mma.sync.aligned.m16n8k32" in ptx) == (arch >= 80)
+    assert b"dp4a" in ptx
+    spills = dict(re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report))
+    hot = ("accumulate", "matmul", "quantise", "recurrence", "normalise", "token_shift")
+    found = [name for name in spills if any(part in name for part in hot)]
+    assert len(found) >= len(hot)
+    assert {spills[name] for name in found} == {"0"}
+    assert max(int(spills[name]) for name in ("score", "update")) <= 256  # kept across their calls to the others
 
 
 SIMT = r"""
@@ -1111,9 +1129,214 @@ class Simt:
                  fast if fast <= self.shared else 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs Linux and a C++ compiler")
-@given(configs(most=40), SEEDS, RANKS, st.integers(1, 70), st.integers(1, 5))
+needs_gcc = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or platform.machine() != "x86_64",
+                               reason="the interpreter needs Linux on x86-64 and g++")
+
+
+@pytest.fixture(scope="session")
+def simt_folder(tmp_path_factory):
+    """Where kernels for the emulated GPU are built."""
+    return tmp_path_factory.mktemp("simt")
+
+
+FAULTS = {  # what a kernel does wrong, and what the interpreter must say
+    "nothing": ("x[t] = t; __syncthreads(); y[t] = x[63 - t];", None),
+    "no barrier": ("x[t] = t; y[t] = x[63 - t];", "race"),
+    "a barrier of the warp only": ("x[t] = t; __syncwarp(); y[t] = x[63 - t];", "race"),
+    "no barrier within a warp": ("x[t] = t; y[t] = x[t ^ 1];", "race"),
+    "a barrier of the warp for a warp": ("x[t] = t; __syncwarp(); y[t] = x[t ^ 1];", None),
+    "blocks that share": ("if (t == 0) y[0] = blockIdx.x;", "race"),
+    "atomic blocks that share": ("if (t == 0) atomicAdd(&y[0], 1);", None),
+    "past the end": ("y[t + 1] = 0;", "out of bounds"),
+    "before the start": ("y[t] = y[-1 - (int)t];", "out of bounds"),
+    "past the end of shared memory": ("if (t == 9) x[64] = 1;", "out of bounds"),
+    "a barrier for some": ("if (t < 40) __syncthreads();", "deadlock"),
+    "a shuffle for some": ("if (t != 3) y[t] = __shfl_xor_sync(~0u, t, 1);", "deadlock"),
+    "misaligned": ("if (t == 0) *(int4 *)(x + 1) = make_int4(1, 2, 3, 4);", "misaligned"),
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_interpreter_sees(fault, simt_folder):
+    body, said = FAULTS[fault]
+    source = """extern "C" __global__ void go(int *y) {
+      extern __shared__ int x[];
+      const unsigned t = threadIdx.x;
+      """ + body + "\n}"
+    gpu, y = Simt(source, simt_folder), np.zeros(64, np.int32)
+    blocks = 2 if "blocks" in fault else 1
+    if said:
+        with pytest.raises(AssertionError, match=said):
+            gpu.run("go", (y,), [y], blocks, 64, 256)
+    else:
+        gpu.run("go", (y,), [y], blocks, 64, 256)
+
+
+@needs_gcc
+def test_the_interpreter_multiplies_as_the_manual_says(simt_folder):
+    """The layout of mma.sync's fragments: PTX manual, "Matrix Fragments for mma.m16n8k32"."""
+    source = """extern "C" __global__ void go(const int *a, const int *b, int *c) {
+      const int g = threadIdx.x / 4, j = threadIdx.x % 4;
+      int d[4] = {};
+      MMA(d, a[g * 8 + j], a[(g + 8) * 8 + j], a[g * 8 + j + 4], a[(g + 8) * 8 + j + 4], b[g * 8 + j], b[g * 8 + j + 4]);
+      for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * j + i % 2] = d[i];
+    }"""
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (8, 32)), np.zeros((16, 8), np.int32)
+    args = a.astype(np.int8), b.astype(np.int8), c
+    Simt(source, simt_folder).run("go", args, [c], 1, 32, 0)
+    np.testing.assert_array_equal(c, a @ b.T)
+
+
+@needs_gcc
+@given(configs(most=40), SEEDS, RANKS, st.integers(1, 70), st.integers(1, 5), st.sampled_from([600, 750, 800]),
+       st.sampled_from([1000, 232448]))
+@example(E.Config(dim=144, layers=2, head_size=16, vocab=40, ffn=100), 1, 1, 9, 3, 800, 232448)  # 16 warps
 @examples(6)
-def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, seed, rank, T, members):
-    backend = E.KernelBackend(cfg, rank, "cuda", lambda source: Simt(source, simt_folder))
+def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, seed, rank, T, members, arch, shared):
+    backend = E.KernelBackend(cfg, rank, "cuda", lambda source: Simt(source, simt_folder, arch, shared=shared))
     assert_equals_numpy(backend, seed, T, members, 1.5)
+
+
+class FakeCupy:
+    """As much of CuPy as nano_eggroll uses, on the emulated GPU; `trouble` is raised when a kernel is launched."""
+
+    def __init__(self, folder, trouble=None, driver=12020):
+        simt, fake = {}, self
+
+        class Array:
+            def __init__(self, a):
+                self.a = a
+
+            def get(self):
+                return self.a.copy()
+
+            def copy(self):
+                return Array(self.a.copy())
+
+            def __len__(self):
+                return len(self.a)
+
+        class RawKernel:
+            def __init__(self, gpu, name):
+                self.gpu, self.name, self.max_dynamic_shared_size_bytes, self.kernel = gpu, name, 0, self
+                self.ptr = 0
+
+            def __call__(self, grid, block, args, shared_mem=0):
+                if trouble:
+                    raise trouble
+                assert shared_mem <= max(49152, self.max_dynamic_shared_size_bytes)
+                args = [a.a if isinstance(a, Array) else a for a in args]
+                arrays = [a for a in args if isinstance(a, np.ndarray)]
+                self.gpu.run(self.name, args, arrays, grid[0], block[0], shared_mem)
+
+        class RawModule:
+            def __init__(self, code, options):
+                assert set(E.CUDA_OPTIONS) < set(options)
+                if code not in simt:
+                    simt[code] = Simt(code, folder)
+                self.gpu = simt[code]
+
+            def get_function(self, name):
+                return RawKernel(self.gpu, name)
+
+        self.RawModule = RawModule
+        self.asarray = lambda a: a if isinstance(a, Array) else Array(np.array(a))
+        self.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
+        self.empty = lambda shape, dtype: Array(np.full(shape, 0xCD, dtype))
+        device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2})
+        self.cuda = SimpleNamespace(
+            Device=lambda: device,
+            driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1),
+            runtime=SimpleNamespace(driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 12090,
+                                    getDeviceProperties=lambda i: {"name": b"fake"}))
+
+
+@needs_gcc
+def test_a_run_on_an_emulated_gpu_ends_with_the_hash_of_numpy(simt_folder, tmp_path, monkeypatch, capsys):
+    """Through CuPy's interface, with no flag, as where there is a GPU."""
+    args = ["--dim", "8", "--head-size", "4", "--population", "8", "--tokens", "9", "--steps", "3", "--data",
+            str(tmp_path / "text")]
+    (tmp_path / "text").write_bytes(b"to be or not to be " * 20)
+    assert E.main([*args, "--backend", "numpy", "--out", str(tmp_path / "numpy")]) == 0
+    numpy = capsys.readouterr().out.splitlines()
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(simt_folder))
+    assert E.main([*args, "--out", str(tmp_path / "cuda")]) == 0
+    cuda = capsys.readouterr().out.splitlines()
+    assert "backend cuda" in cuda[1]
+    assert cuda[-2:] == numpy[-2:]
+    one, two = (E.load_model(tmp_path / b / "model.npz") for b in ("numpy", "cuda"))
+    np.testing.assert_array_equal(one.residual, two.residual)
+
+
+class OutOfMemoryError(Exception):
+    """Named like CuPy's."""
+
+
+TROUBLES = {
+    "too old a driver": ({"driver": 11080}, "cupy-cuda11x"),
+    "no driver": ({"driver": 0}, "no NVIDIA driver"),
+    "out of memory": ({"trouble": OutOfMemoryError("allocating 1 byte")}, "out of memory"),
+    "no NVRTC": ({"trouble": RuntimeError("libnvrtc.so.12 cannot be opened")}, "pip install nvidia-cuda-nvrtc"),
+    "anything else": ({"trouble": RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal address")}, "illegal address"),
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("name", TROUBLES)
+def test_trouble_with_a_gpu_is_one_line_and_falls_back(name, simt_folder, tmp_path, monkeypatch, capsys):
+    settings, said = TROUBLES[name]
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(simt_folder, **settings))
+    monkeypatch.setattr(shutil, "which", lambda program, which=shutil.which: program == "nvidia-smi" or which(program))
+    cfg = E.Config(dim=4, layers=1, head_size=2, vocab=5)
+    with pytest.raises(E.UserError, match=said):
+        E.make_backend("cuda", cfg, 1)
+    assert E.main(["--backend", "cuda", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert E.make_backend(None, cfg, 1).name in ("c", "numpy")
+    err = capsys.readouterr().err.splitlines()
+    assert said in err[0]
+    assert "going on with c" in err[0]
+
+
+@every_backend
+def test_bench_prints_a_line_for_each_way_and_the_ratio(backend, capsys):
+    cfg, es = E.Config(dim=8, head_size=4), E.ES(population=64, tokens=5)
+    E.bench(cfg, es, E.make_backend(backend, cfg, 1), 0)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{backend}: D=8 L=1 N=4 V=256 T=5 population 64 rank 1")
+    speeds = {}
+    for line in out[2:6]:
+        name, numbers = line[:28].strip(), re.findall(r"([\d,]+) +\[([\d,]+), ([\d,]+)\] +([\d.]+)x", line)
+        assert len(numbers) == 2
+        for mid, low, high, _ in numbers:
+            assert 0 < int(low.replace(",", "")) <= int(mid.replace(",", "")) <= int(high.replace(",", ""))
+        speeds[name] = [int(mid.replace(",", "")) for mid, *_ in numbers]
+    ratios = [float(r) for r in re.findall(r"naive ES: ([\d.]+) in scoring, ([\d.]+) in generation", out[6])[0]]
+    for i in range(2):
+        assert abs(speeds["EGGROLL forward"][i] / speeds["naive ES forward"][i] - ratios[i]) < 0.06 + 0.01 * ratios[i]
+
+
+@needs_c
+@given(configs(), SEEDS, st.integers(1, 30))
+@examples(4)
+def test_naive_es_is_a_model_with_explicit_noise(cfg, seed, T):
+    """What --bench compares with: every matrix that a product reads has its own sign at every weight."""
+    m, text, start = random_model(cfg, most=120), random_text(cfg), np.arange(4)
+    b = E.make_backend("c", cfg, 2)
+    cost = b.score(m, text, start, T, (seed, 3, 1.0), mode="naive")
+    pack = 0
+    table = {}
+    for name in sorted(cfg.params, key=lambda n: (n.startswith("blocks.") and ".ln0." not in n)):  # as in the kernel
+        p = cfg.params[name]
+        table[name] = pack
+        pack += -(-p.out // 16) * -(-p.cols // 64) * 1024
+    for member in start:
+        keys = E.pair_keys(seed, 3, np.array([member // 2]))
+        noise = E.signs(keys, 2 * cfg.sizes[2], pack)[0] * (1 - member % 2 * 2)
+        naive = replace(m, q=m.q.copy())
+        for name, p in cfg.params.items():
+            if p.cols and name != "emb.weight":
+                naive.weight(name)[:] += noise[table[name]:table[name] + p.size].reshape(p.out, p.cols).astype(np.int8)
+        assert b.score(naive, text, start[[member]], T, (0, 0, 0.0))[0] == cost[member]
