@@ -498,7 +498,8 @@ typedef long long i64;
   #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
   #define INLINE static __device__ __forceinline__
   #define PART static __device__ __noinline__     // a part of the pass: inlined, it would not fit the instruction cache
-  #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+  #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
+  #define FETCH(p) __ldg(p)                       // a load of what a kernel never writes, so that it may come early
   #define CONSTANT static __device__ const
   #define UNROLL _Pragma("unroll")
   #define I2F(x) ((float)(x))
@@ -525,7 +526,8 @@ typedef long long i64;
   #if __CUDA_ARCH__ >= 800 && !defined MMA        // c += a b, int8 16x32 times 32x8, dealt out over a warp (PTX manual)
     #define MMA(c, a0, a1, a2, a3, b0, b1) \
       asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-          : "+r"((c)[0]), "+r"((c)[1]), "+r"((c)[2]), "+r"((c)[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+          : "+r"((c)[0]), "+r"((c)[1]), "+r"((c)[2]), "+r"((c)[3]) \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
   #endif
 #else
   #include <string.h>
@@ -593,8 +595,9 @@ typedef long long i64;
   #define V(x, d) (*(vf *)(x)[d])
   #define Q(x, d) (*(vi *)(x)[d])
   #define INLINE static inline __attribute__((always_inline))
-  #define PART INLINE
+  #define PART static __attribute__((noinline))
   #define KERNEL void
+  #define FETCH(p) (*(p))
   #define CONSTANT static const
   #define UNROLL _Pragma("GCC unroll 16")
   #define I2F(x) __builtin_convertvector(x, vf)
@@ -726,7 +729,7 @@ typedef struct ALIGNED {                          // a task's activations, in fa
   float part[2][16][LANES];                       // of a sum over all channels
 #endif
 #if !BATCH
-  float vec[STORED ? VECTORS : LAYER_VECTORS];    // the member's own vector parameters
+  float vec[D * (STORED ? VECTORS : LAYER_VECTORS)];  // the member's own vector parameters
 #endif
 #if STORED
   i8 noise[32 * R * WORDS];                       // +-1 + BIAS: A of tensor t at its t.word, then B
@@ -737,13 +740,13 @@ typedef struct ALIGNED {                          // a task's activations, in fa
 
 typedef struct ALIGNED {                          // what a task touches less often
   TOKENS(x[D]); TOKENS(v_first[D]); TOKENS(logits[VOCAB]);
-  float state[L * STATE];
 #if BATCH
-  TOKENS(vec[LAYER_VECTORS]);
+  TOKENS(vec[D * LAYER_VECTORS]);
 #endif
 #if NAIVE
   i8 packed[PACKED];                              // the member's own weights
 #endif
+  float state[L * STATE];
   Fast fast;
 } Task;
 
@@ -760,6 +763,7 @@ typedef struct {
   int turn, dealt;                                // of s->part; how many tiles have been dealt out to warps
 } Model;
 
+#define FIRST_VECTOR(l) (TABLE[GLOBALS + (l) * KINDS].vec / D)  // of layer l, of which the first kind is a vector
 #define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
 #define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
 #define SIGNED(biased) ((i8)((biased) - BIAS))
@@ -791,8 +795,8 @@ INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
     ((int)(noise_word(AT(m->k0, 0), AT(m->k1, 0), (k) * WORDS + (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
 #endif
 
-// input = n channels of x in int8, absmax 127, with their products with B of tensor t; or, with `shift`, of h + (h of the
-// token before - h) mu. A warp's own channels of x (see EACH) must be there; after the SYNC in it, all must.
+// input = n channels of x in int8, absmax 127, with their products with B of tensor t; or, with `shift`, of x + dx mu.
+// A warp's own channels of x (see EACH) must be there; after the SYNC in it, all must.
 PART void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tensor mu) {
   FAST(Fast, s, m->s);
   Input *in = (Input *)input;
@@ -823,12 +827,14 @@ PART void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tens
 #ifdef __CUDACC__
 // c += 16 packed rows times the codes of 32 lanes, n long. A warp holds the 16 x 32 results so that c[j][i] of a thread
 // is row LANE / 4 + 8 (i / 2) and lane 8 (LANE % 4) + 4 (i % 2) + j: eight lanes in a row, for whole 16-byte stores.
-INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int stride) {
+INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int stride, bool constant) {
 #ifdef MMA  // which columns go together in a product is free as long as rows and codes agree: 16 bytes at a time do
   for (int k0 = 0; k0 < n; k0 += 128) {           // that many at once, so that loads do not wait for each other
     int4 w[4];
-    UNROLL for (int i = 0; i < 4; i++)
-      if (k0 + i / 2 * 64 < n) w[i] = ((const int4 *)(rows + 16 * k0))[LANE + 32 * i];
+    UNROLL for (int i = 0; i < 4; i++) if (k0 + i / 2 * 64 < n) {
+      const int4 *from = (const int4 *)(rows + 16 * k0) + LANE + 32 * i;
+      w[i] = constant ? FETCH(from) : *from;
+    }
     UNROLL for (int i = 0; i < 4; i += 2) if (k0 + i * 32 < n) UNROLL for (int j = 0; j < 4; j++) {
       const int lane = LANE / 8 * 8 + LANE / 4 % 2 * 4 + j;
       const int4 x = *(const int4 *)((const i8 *)codes + lane * stride + k0 + i * 32 + LANE % 4 * 16);
@@ -839,8 +845,8 @@ INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int s
 #else
   for (int k = 0; k < n; k += 4) UNROLL for (int i = 0; i < 16; i++) {
     const int row = LANE / 4 + i % 4 / 2 * 8, lane = LANE % 4 * 8 + i % 2 * 4 + i / 4;
-    const int *w = (const int *)(rows + PACKED_AT(row, k, n)), *x = (const int *)((const i8 *)codes + lane * stride + k);
-    c[i / 4][i % 4] = dot4(c[i / 4][i % 4], *x, *w);
+    const i8 *x = (const i8 *)codes + lane * stride + k, *w = rows + PACKED_AT(row, k, n);
+    c[i / 4][i % 4] = dot4(c[i / 4][i % 4], *(const int *)x, *(const int *)w);
   }
 #endif
 }
@@ -853,10 +859,10 @@ PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int row
   for (int i = (WARP + WARPS - m->dealt % WARPS) % WARPS; i < tiles; i += WARPS) {
     const int o = first + 16 * i;
     int acc[4][4] = {};
-    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, CODES(cols));
+    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, CODES(cols), !NAIVE);
     UNROLL for (int half = 0; half < 2; half++) {
       const int row = o + LANE / 4 + 8 * half;
-      const float scale = row < t.out ? m->scale[t.row + row] : 0;
+      const float scale = row < t.out ? FETCH(m->scale + t.row + row) : 0;
       float z[8];
       UNROLL for (int j = 0; j < 8; j++) z[j] = I2F(acc[j % 4][2 * half + j / 4]);
       if (m->rank) UNROLL for (int k = 0; k < R; k++) {
@@ -936,7 +942,7 @@ INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Te
 }
 
 // y = x (W + c A B^T)^T of rows `first` and on, for a quantised x
-PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
+INLINE void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
   const Input *in = (const Input *)input;
   vf xb[R];
   if (m->rank) UNROLL for (int k = 0; k < R; k++) xb[k] = m->c * I2F(Q(in->p, k));
@@ -1104,27 +1110,27 @@ INLINE void channel_mix(Model *m, int l) {
   SYNC;
 }
 
-// Works out the member's own vectors among `count` parameters from `from` on.
-PART void vectors(Model *m, int from, int count) {
-  m->vec = TABLE[from].vec;
-  for (int i = from; i < from + count; i++) {
-    const Tensor t = TABLE[i];
-    if (t.cols) continue;
+// Works out the member's own vectors number `first` to `last`.
+PART void vectors(Model *m, int first, int last) {
+  FAST(Fast, s, m->s);
+  m->vec = first * D;
+  EACH(i, last - first) {
+    const Tensor t = TABLE[VECTOR[first + i].tensor];
 #if BATCH
-    EACH(w, WORDS_OF(t.out)) {
+    for (int w = 0; w < WORDS_OF(D); w++) {
       vu h[R];
       if (m->rank) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, t.word + w);
-      for (int o = 32 * w; o < 32 * w + 32 && o < t.out; o++) {
-        vf q = splat((float)m->w[t.at + o]);
+      for (int o = 32 * w; o < 32 * w + 32 && o < D; o++) {
+        vf q = splat((float)FETCH(m->w + t.at + o));
         if (m->rank) UNROLL for (int k = 0; k < R; k++) q = q + AS_F(AS_I(m->c) ^ minus(h[k], o % 32));
-        PARAM(t, o) = q * m->scale[t.row + o];
+        PARAM(t, o) = q * FETCH(m->scale + t.row + o);
       }
     }
 #else
-    FLAT(o, t.out) {
-      float q = m->w[t.at + o];
+    SPREAD(o, D) {
+      float q = FETCH(m->w + t.at + o);
       if (m->rank) for (int k = 0; k < R; k++) q = q + ENTRY(k, t.word, o) * AT(m->c, 0);
-      PARAM(t, o) = q * m->scale[t.row + o];
+      PARAM(t, o) = q * FETCH(m->scale + t.row + o);
     }
 #endif
   }
@@ -1177,7 +1183,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
     perturb(m, seed, step, member, c);
     m->state = state ? state + (i64)member * (L * STATE) : g->state;
     if (!state) FLAT(i, L * STATE) g->state[i] = 0;
-    if (STORED) vectors(m, 0, TENSORS);
+    if (STORED) vectors(m, 0, VECTORS);
     for (int t0 = 0; t0 < T; t0 += BATCH ? 1 : LANES) {
       const int left = BATCH ? members - member : T - t0;
       m->lanes = left < LANES ? left : LANES;
@@ -1193,21 +1199,21 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
           u32 b[R];
           for (int k = 0; k < R; k++) b[k] = noise_word(k0, k1, k * WORDS + e.word + WORDS_OF(VOCAB) + i);
           for (int d = 32 * i; d < 32 * i + 32 && d < D; d++) {
-            float z = w[e.at + token * D + d];
+            float z = FETCH(w + e.at + token * D + d);
             if (m->rank) for (int k = 0; k < R; k++) z = z + (b[k] >> d % 32 & 1 ? a[k] : -a[k]);
-            x[d][t] = z * scale[e.row + token];
+            x[d][t] = z * FETCH(scale + e.row + token);
           }
         }
       }
       SYNC;
-      if (!STORED) vectors(m, 0, GLOBALS);
+      if (!STORED) vectors(m, 0, FIRST_VECTOR(0));
       normalise(m, x, x, TABLE[BLOCKS_0_LN0_WEIGHT], TABLE[BLOCKS_0_LN0_BIAS]);
       for (int l = 0; l < L; l++) {
-        if (!STORED) vectors(m, GLOBALS + l * KINDS, KINDS);
+        if (!STORED) vectors(m, FIRST_VECTOR(l), l + 1 < L ? FIRST_VECTOR(l + 1) : VECTORS);
         time_mix(m, l);
         channel_mix(m, l);
       }
-      if (!STORED) vectors(m, 0, GLOBALS);
+      if (!STORED) vectors(m, 0, FIRST_VECTOR(0));
       normalise(m, s->h, x, TABLE[LN_OUT_WEIGHT], TABLE[LN_OUT_BIAS]);
       quantise(m, s->in_r, s->h, D, TABLE[HEAD_WEIGHT], 0, TABLE[HEAD_WEIGHT]);
       SYNC;
@@ -1255,7 +1261,7 @@ typedef struct ALIGNED {
 PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
   for (int j = 0; j < rows; j += 16) if (worker++ % WARPS == WARP) {
     int acc[4][4] = {};
-    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, CODES(PAIRS));
+    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, CODES(PAIRS), false);
     UNROLL for (int i = 0; i < 16; i++)
       s->z[j + LANE / 4 + i % 4 / 2 * 8][column + LANE % 4 * 8 + i % 2 * 4 + i / 4] += acc[i / 4][i % 4];
   }
@@ -1268,7 +1274,7 @@ INLINE void accumulate_rows(Update *s, const int *b, vi start, int column, int j
   UNROLL for (int i = 0; i < n; i++) *(vi *)&s->z[j + i][column] = acc[i];
 }
 
-PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
+INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
   vi start = isplat(0);
   if (BIAS) for (int q = 0; q < pairs / 4; q++) start = dot4(start, CODE(b, PAIRS, q), isplat(0x01010101));
   start *= -BIAS;
@@ -1372,10 +1378,11 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
         vec += p.out if p and not p.cols else 0
         pack += -(-p.out // 16) * -(-p.cols // 64) * 1024 if p else 0  # see PACKED_AT
     units = [(names.index(name), row) for name, row in update_units(cfg)]
+    vectors = [i for i, row in enumerate(rows) if row[0] and not row[1]]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
-        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "KINDS": len(kinds), "VECTORS": vec,
-        "LAYER_VECTORS": cfg.dim * sum(not p.cols for p in block.values()),
+        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "KINDS": len(kinds),
+        "VECTORS": len(vectors), "LAYER_VECTORS": sum(not p.cols for p in block.values()),
         "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
         "BATCH": int(mode == "generate"), "NAIVE": int(mode == "naive"),
         "THREADS": min(512, max(64, 1 << (2 * cfg.dim - 1).bit_length())),  # of a block, on a GPU
@@ -1393,6 +1400,7 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
     shape = "".join(f"#define {k} {v}\n" for k, v in constants.items()) + enum([*globals_, "globals"]) + enum(kinds)
     shape += array("struct Tensor { int out, cols, at, row, word, vec, pack; } TABLE", rows)
     shape += "typedef struct Tensor Tensor;\n" + array("struct { int tensor, row; } UNITS", units)
+    shape += array("struct { int tensor; } VECTOR", [(i,) for i in vectors])
     return MACHINE + shape + KERNEL
 
 
@@ -1824,8 +1832,8 @@ def cuda_device() -> str:
         if not driver:
             raise UserError("no NVIDIA driver was found: install one, or use --backend c")
         if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
-            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update the "
-                            f"driver, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
+            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update "
+                            f"it, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
         return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     except UserError:
         raise
@@ -1925,7 +1933,7 @@ def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndar
 
 
 def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
-                noise: tuple[int, int, float], state: Any) -> None:
+                noise: tuple[int, int, float], state: Any = None) -> None:
     """Naive ES, to compare with: +-1 for every weight of every member's matrices, written out anew in each call."""
     if isinstance(backend, KernelBackend):
         backend.score(model, text, start, tokens, noise, state, mode="naive")
@@ -1941,84 +1949,73 @@ PEAK = {"75": 2048, "80": 4096, "86": 2048, "89": 2048, "90": 8192, "100": 16384
 
 
 def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
-    """Print tokens/s, medians and quartiles of `least` seconds of runs that take turns, so that a noisy moment hits all.
+    """Print tokens/s, medians and quartiles of `least` seconds of runs that take turns, so that noise hits all.
 
     Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
     """
     model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
     text.setflags(write=False)
     hold(model, backend)
-    start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
-    each = zero_state(cfg, 1).nbytes  # states of at most 1 GiB
-    generating = min(es.population, max(2, 2**30 // each // 64 * 64))
+    one = zero_state(cfg, 1)
+    generating = min(es.population, max(2, 2**30 // one.nbytes // 64 * 64))  # with at most 1 GiB of states
     few = min(generating, max(2 * cores(), es.population // 32))  # naive ES has nothing to share, so a few members do
-    state = backend.xp.zeros((generating, *zero_state(cfg, 1).shape[1:]), F32)
-    f = shape_fitness(np.arange(generating // 2))
+    start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
+    state, f = backend.xp.zeros((generating, *one.shape[1:]), F32), shape_fitness(np.arange(generating // 2))
+    ways = {"inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
+            "EGGROLL whole step": (backend.score, es.sigma),
+            "naive ES forward": (lambda *a: naive_score(backend, *a), es.sigma)}
 
-    def rollout(score: Callable[..., object], members: int, sigma: float, tokens: int) -> None:
-        state[:] = 0
-        for t in range(tokens):
-            score(model, text, start[:members] + t, 1, (0, 0, sigma), state[:members])
+    def run(name: str, generate: bool) -> int:
+        """One pass over T tokens; returns how many tokens that were."""
+        score, sigma = ways[name]
+        members = few if "naive" in name else generating if generate else es.population
+        if not generate and "step" in name:
+            es_step(model, backend, text, replace(es, steps=2**31))
+        elif not generate:
+            score(model, text, start[:members], T, (0, 0, sigma))
+        else:
+            state[:] = 0
+            for t in range(T):
+                score(model, text, start[:members] + t, 1, (0, 0, sigma), state[:members])
+            if "step" in name:
+                backend.update(model, f, 0, 0, 1.0)
+        if backend.name == "cuda":
+            backend.xp.cuda.Device().synchronize()
+        return members * T
 
-    def step() -> None:
-        rollout(backend.score, generating, es.sigma, T)
-        backend.update(model, f, 0, 0, 1.0)
-
-    def naive(*args: Any) -> None:
-        naive_score(backend, *args)
-
-    def scoring(sigma: float) -> Callable[[], object]:
-        return lambda: backend.score(model, text, start, T, (0, 0, sigma))
-
-    lines: dict[str, list[tuple[Callable[[], object], int]]] = {  # what to run for scoring and generation; its tokens
-        "inference, no perturbation": [(scoring(0.0), es.population * T),
-                                       (lambda: rollout(backend.score, generating, 0.0, T), generating * T)],
-        "EGGROLL forward": [(scoring(es.sigma), es.population * T),
-                            (lambda: rollout(backend.score, generating, es.sigma, T), generating * T)],
-        "EGGROLL whole step": [(lambda: es_step(model, backend, text, replace(es, steps=2**31)), es.population * T),
-                               (step, generating * T)],
-        "naive ES forward": [(lambda: naive(model, text, start[:few], T, (0, 0, es.sigma), None), few * T),
-                             (lambda: rollout(naive, few, es.sigma, 4), few * 4)],
-    }
-    seconds: dict[tuple[str, int], list[float]] = {(name, i): [] for name in lines for i in range(2)}
+    speeds: dict[tuple[str, bool], list[float]] = {(name, g): [] for name in ways for g in (False, True)}
     rounds, began = -1, time.perf_counter()  # the first round warms up
     while rounds < 3 or (time.perf_counter() - began < least and rounds < 50):
-        for name, i in seconds:
+        for key, speed in speeds.items():
             t = time.perf_counter()
-            lines[name][i][0]()
-            if backend.name == "cuda":
-                backend.xp.cuda.Device().synchronize()
-            seconds[name, i] += [time.perf_counter() - t] * (rounds >= 0)
+            tokens = run(*key)
+            speed += [tokens / (time.perf_counter() - t)] * (rounds >= 0)
         rounds += 1
     products = sum(p.size for n, p in cfg.params.items() if p.cols and n != "emb.weight")
-    print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} population {es.population} "
-          f"rank {es.rank}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
-    print(f"{'tokens/s':28}{'scoring':>45}{'generation, ' + format(generating, ',') + ' members':>45}")
-    speed = {k: [lines[k[0]][k[1]][1] / q for q in np.percentile(v, [50, 75, 25])] for k, v in seconds.items()}
-    base = [speed["inference, no perturbation", i][0] for i in range(2)]
-    for name in lines:
+    print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} rank {es.rank} population "
+          f"{es.population}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
+    print(f"{'tokens/s':28}{'scoring':>45}{f'generation, {generating:,} members':>45}")
+    low, mid, high = ({key: np.percentile(speed, q) for key, speed in speeds.items()} for q in (25, 50, 75))
+    for name in ways:
         print(f"{name:28}" + "".join("{:13,.0f} {:>22} {:7.4f}x".format(
-            speed[name, i][0], f"[{speed[name, i][1]:,.0f}, {speed[name, i][2]:,.0f}]", speed[name, i][0] / base[i])
-            for i in range(2)))
-    ratio = [speed["EGGROLL forward", i][0] / speed["naive ES forward", i][0] for i in range(2)]
+            mid[key], f"[{low[key]:,.0f}, {high[key]:,.0f}]", mid[key] / mid["inference, no perturbation", key[1]])
+            for key in ((name, False), (name, True))))
+    ratio = [mid["EGGROLL forward", g] / mid["naive ES forward", g] for g in (False, True)]
     print(f"EGGROLL / naive ES: {ratio[0]:.1f} in scoring, {ratio[1]:.1f} in generation (the paper, arXiv 2511.16652: "
           "EGGROLL 0.91 and naive ES 0.0041 of inference, 100 or more between them)")
-    rate = 2 * products * speed["EGGROLL forward", 0][0]
+    rate, used, share = 2 * products * mid["EGGROLL forward", False], "", ""
     if backend.name == "cuda":
         device = backend.xp.cuda.Device()
-        peak = PEAK.get(device.compute_capability, 0) * device.attributes["MultiProcessorCount"] \
-            * device.attributes["ClockRate"] * 1e3
-        share = f", {rate / peak:.1%} of the {peak / 1e12:,.0f} that its tensor cores could do" if peak else ""
-        print(f"EGGROLL forward, scoring: {rate / 1e12:.3f} int8 Tera-operations/s{share}; "
-              f"peak memory on the device {backend.xp.get_default_memory_pool().total_bytes() / 2**20:,.0f} MB")
-    else:
-        print(f"EGGROLL forward, scoring: {rate / 1e9:,.1f} int8 Giga-operations/s")
-    try:
+        peak = 1e3 * PEAK.get(device.compute_capability, 0) * device.attributes["MultiProcessorCount"] \
+            * device.attributes["ClockRate"]
+        share = f", {rate / peak:.1%} of the tensor cores' peak" if peak else ""
+        used = f"; {backend.xp.get_default_memory_pool().total_bytes() / 2**20:,.0f} MB on the GPU"
+    if importlib.util.find_spec("resource"):  # not on Windows
         import resource
-    except ImportError:  # Windows
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    print(f"peak memory {used:,.0f} MB")
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        used = f"; peak memory {peak:,.0f} MB" + used
+    print(f"EGGROLL forward, scoring: {rate / 1e9:,.1f} int8 Giga-operations/s{share}{used}")
 
 
 class Parser(argparse.ArgumentParser):

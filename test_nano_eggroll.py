@@ -672,7 +672,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, tmp_path, monkeypatch, ca
 @pytest.mark.skipif("cuda" in BACKENDS, reason="there is a GPU")
 def test_cuda_without_a_device_is_one_line(capsys):
     assert E.main(["--backend", "cuda"]) == 2
-    assert "--backend cuda" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--backend c" in err
 
 
 def test_without_a_compiler_numpy_goes_on(tmp_path, monkeypatch, capsys):
@@ -787,6 +789,7 @@ inline int __dp4a(int a, int b, int c) {
 #define __CUDACC__
 #define __device__
 #define __global__
+#define __ldg(p) (*(p))
 #define __shared__                                // the driver makes the array a pointer to the block's memory
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -1179,7 +1182,8 @@ def test_the_interpreter_multiplies_as_the_manual_says(simt_folder):
     source = """extern "C" __global__ void go(const int *a, const int *b, int *c) {
       const int g = threadIdx.x / 4, j = threadIdx.x % 4;
       int d[4] = {};
-      MMA(d, a[g * 8 + j], a[(g + 8) * 8 + j], a[g * 8 + j + 4], a[(g + 8) * 8 + j + 4], b[g * 8 + j], b[g * 8 + j + 4]);
+      MMA(d, a[g * 8 + j], a[(g + 8) * 8 + j], a[g * 8 + j + 4], a[(g + 8) * 8 + j + 4],
+          b[g * 8 + j], b[g * 8 + j + 4]);
       for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * j + i % 2] = d[i];
     }"""
     rng = np.random.default_rng(0)
@@ -1305,7 +1309,7 @@ def test_bench_prints_a_line_for_each_way_and_the_ratio(backend, capsys):
     cfg, es = E.Config(dim=8, head_size=4), E.ES(population=64, tokens=5)
     E.bench(cfg, es, E.make_backend(backend, cfg, 1), 0)
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f"{backend}: D=8 L=1 N=4 V=256 T=5 population 64 rank 1")
+    assert out[0].startswith(f"{backend}: D=8 L=1 N=4 V=256 T=5 rank 1 population 64")
     speeds = {}
     for line in out[2:6]:
         name, numbers = line[:28].strip(), re.findall(r"([\d,]+) +\[([\d,]+), ([\d,]+)\] +([\d.]+)x", line)
