@@ -485,7 +485,8 @@ typedef long long i64;
     type *name = sizeof(type) <= SHARED ? (type *)shared_memory : (other)
   #define SLOT(scratch, type) ((type *)(scratch) + blockIdx.x)
   #define ALIGNED __align__(64)
-  #define GROUP (D <= 64 ? D : 64 % N == 0 ? 64 : N % 16 == 0 ? N : D)       // whole heads that fit fast memory
+  #define WIDTH (SHARED < 200000 ? 64 : 128)      // of a group of heads, so that it fits fast memory where D = 256
+  #define GROUP (D <= WIDTH ? D : WIDTH % N == 0 ? WIDTH : N % 16 == 0 ? N : D)
   #define STRIDE 36                               // from row to row of a buffer: rows 0 to 7 in different banks
   #define CODES(n) (PAD(n, 64) + 16)              // bytes from lane to lane of codes, an odd multiple of 16
   #define CODE_WORDS(n) (LANES * CODES(n) / 4)
@@ -705,7 +706,6 @@ INLINE vi minus(vu h, int j) { return (vi)(~h << (31 - j)) & (int)0x80000000; }
 
 // ---- the forward pass of a task: T tokens of one member, LANES at a time, or BATCH: of LANES members, one at a time
 
-#define WIDEST (F > D ? F : D)
 #define INPUT(name, n) int name[LANES * (2 + R) + CODE_WORDS(n)]
 typedef struct {                                  // a quantised input of a product
   float sx[1][LANES];                             // scale of each lane
@@ -715,16 +715,19 @@ typedef struct {                                  // a quantised input of a prod
 } Input;
 
 typedef struct ALIGNED {                          // a task's activations, in fast memory
-  union {                                         // what is not needed at the same time
-    struct { TOKENS(h[D]); TOKENS(dx[D]); INPUT(in_w, D); INPUT(in_a, D); INPUT(in_g, D); INPUT(in_u, D); };
-    struct { TOKENS(y[D]); TOKENS(r[GROUP]); TOKENS(w[GROUP]); TOKENS(k[GROUP]); TOKENS(v[GROUP]); TOKENS(a[GROUP]);
-             TOKENS(g[GROUP]); TOKENS(kk[GROUP]); TOKENS(norm[GROUP / N]); TOKENS(mean[GROUP / N]);
-             TOKENS(bonus[GROUP / N]); };
-    struct { TOKENS(wide[WIDEST]); INPUT(in_wide, F); };
+  union {                                         // of the time mix and of the channel mix
+    struct {
+      INPUT(in_r, D); INPUT(in_v, D); TOKENS(lora[4][LORA]);
+      INPUT(lora_w, LORA_W); INPUT(lora_a, LORA_A); INPUT(lora_g, LORA_G); INPUT(lora_v, LORA_V);
+      union {                                     // before and after the mixed inputs are quantised
+        struct { TOKENS(h[D]); TOKENS(dx[D]); INPUT(in_w, D); INPUT(in_a, D); INPUT(in_g, D); INPUT(in_u, D); };
+        struct { TOKENS(y[D]); TOKENS(r[GROUP]); TOKENS(w[GROUP]); TOKENS(k[GROUP]); TOKENS(v[GROUP]); TOKENS(a[GROUP]);
+                 TOKENS(kk[GROUP]); TOKENS(norm[GROUP / N]); TOKENS(mean[GROUP / N]); TOKENS(bonus[GROUP / N]); };
+      };
+    };
+    struct { TOKENS(wide[F > D ? F : D]); INPUT(in_wide, F); };
   };
-  INPUT(in_r, D); INPUT(in_k, D); INPUT(in_v, D);
-  INPUT(lora_w, LORA_W); INPUT(lora_a, LORA_A); INPUT(lora_g, LORA_G); INPUT(lora_v, LORA_V);
-  TOKENS(lora[4][LORA]);
+  INPUT(in_k, D);
 #ifdef __CUDACC__
   float part[2][16][LANES];                       // of a sum over all channels
 #endif
@@ -1037,7 +1040,6 @@ INLINE void time_mix(Model *m, int l) {
     matmul(s->v, m, s->in_v, BLOCK(ATT_VALUE_WEIGHT), c, width, D);
     matmul(s->w, m, s->lora_w, BLOCK(ATT_W2), c, width, LORA_W);
     matmul(s->a, m, s->lora_a, BLOCK(ATT_A2), c, width, LORA_A);
-    matmul(s->g, m, s->lora_g, BLOCK(ATT_G2), c, width, LORA_G);
     if (l) matmul(s->kk, m, s->lora_v, BLOCK(ATT_V2), c, width, LORA_V);
     SYNC;
     EACH(d, width) {
@@ -1063,6 +1065,7 @@ INLINE void time_mix(Model *m, int l) {
     SYNC;
     recurrence(m, l, c, width);
     SYNC;
+    matmul(s->w, m, s->lora_g, BLOCK(ATT_G2), c, width, LORA_G);  // w has done its work; from here on it is g
     EACH(h, width / N) {                          // the norm of a head, and the bonus of the current token
       buf y = s->y + c + h * N;
       SUM(sum, i, N, V(y, i))
@@ -1077,7 +1080,7 @@ INLINE void time_mix(Model *m, int l) {
     EACH(d, width) {
       vf y = (V(s->y, c + d) - V(s->mean, d / N)) * V(s->norm, d / N) * PARAM(BLOCK(ATT_LN_X_WEIGHT), c + d)
              + PARAM(BLOCK(ATT_LN_X_BIAS), c + d);
-      V(s->y, c + d) = (y + V(s->bonus, d / N) * V(s->v, d)) * V(s->g, d);
+      V(s->y, c + d) = (y + V(s->bonus, d / N) * V(s->v, d)) * V(s->w, d);
     }
     SYNC;
   }
@@ -1104,9 +1107,9 @@ INLINE void channel_mix(Model *m, int l) {
   }
   PLAIN(s->in_wide, s->wide, F, FFN_VALUE_WEIGHT);
   SYNC;
-  matmul(s->h, m, s->in_wide, BLOCK(FFN_VALUE_WEIGHT), 0, D, F);
+  matmul(s->wide, m, s->in_wide, BLOCK(FFN_VALUE_WEIGHT), 0, D, F);
   SYNC;
-  EACH(d, D) V(x, d) = V(x, d) + V(s->h, d);
+  EACH(d, D) V(x, d) = V(x, d) + V(s->wide, d);
   SYNC;
 }
 
@@ -1385,7 +1388,7 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
         "VECTORS": len(vectors), "LAYER_VECTORS": sum(not p.cols for p in block.values()),
         "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
         "BATCH": int(mode == "generate"), "NAIVE": int(mode == "naive"),
-        "THREADS": min(512, max(64, 1 << (2 * cfg.dim - 1).bit_length())),  # of a block, on a GPU
+        "THREADS": min(512, max(64, 1 << (4 * cfg.dim - 1).bit_length())),  # of a block, on a GPU
     }
     constants |= {f"LORA_{n.upper()}": size for n, size in zip(LORA, cfg.lora, strict=True)}
     constants |= {f"EXP2_{i}": f"{float(c)!r}f" for i, c in enumerate(EXP2)}

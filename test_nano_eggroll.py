@@ -1203,6 +1203,15 @@ def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, seed, ran
     assert_equals_numpy(backend, seed, T, members, 1.5)
 
 
+@needs_gcc
+@pytest.mark.parametrize("head_size", [16, 64])
+def test_activations_of_width_256_fit_the_shared_memory_of_an_h100(head_size, simt_folder):
+    cfg = E.Config(dim=256, layers=6, head_size=head_size)
+    task, update, fast, fast_update, *_ = Simt(E.kernel_source(cfg, 1), simt_folder, check=False).sizes
+    assert max(fast, fast_update) <= SHARED[90]
+    assert 132 * max(task, update) < 200 * 2**20  # all the memory that a launch needs, whatever the population
+
+
 class FakeCupy:
     """As much of CuPy as nano_eggroll uses, on the emulated GPU; `trouble` is raised when a kernel is launched."""
 
