@@ -450,10 +450,12 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernel: the same pass for any C compiler and for CUDA, one member per task. A lane is a token: `vf` and `vi` hold
-# one number for each of LANES tokens (a SIMD register on a CPU, a register of each thread of a warp on a GPU) and a
-# buffer is [channel][LANES], so the code reads like scalar code and nothing but the recurrence looks across lanes.
-# There, where tokens must follow each other, a lane is a value channel of a head. First, what differs between machines.
+# The kernel: the same pass for any C compiler and for CUDA. `vf` and `vi` hold one number for each of LANES tokens (a
+# SIMD register on a CPU, a register of each thread of a warp on a GPU), and a buffer is [channel][lane], so the code
+# reads like scalar code. When a member's text is scored, lanes are its tokens; in generation (BATCH), where tokens come
+# one at a time, lanes are members. Only the token shift and the recurrence look across lanes. On a GPU a block of threads
+# takes a task, its warps share the channels, and SYNC comes before one warp reads what another wrote.
+# First, what differs between machines.
 
 MACHINE = r"""
 typedef unsigned u32;
@@ -479,7 +481,7 @@ typedef long long i64;
   #define TASKS(i) for (int i = first + blockIdx.x; i < last; i += gridDim.x)  // to the blocks
   #define FOR_LANE(l) for (int l = LANE, once_ = 1; once_; once_ = 0)
   #define SYNC __syncthreads()
-  // A struct for fast memory: shared memory where it fits, else the block's scratch (and so the L2 cache).
+  // A struct for fast memory: shared memory where it fits, else the block's scratch, which the L2 cache holds.
   #define FAST(type, name, other) \
     extern __shared__ int4 shared_memory[]; \
     type *name = sizeof(type) <= SHARED ? (type *)shared_memory : (other)
@@ -1964,9 +1966,10 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     few = min(generating, max(2 * cores(), es.population // 32))  # naive ES has nothing to share, so a few members do
     start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
     state, f = backend.xp.zeros((generating, *one.shape[1:]), F32), shape_fitness(np.arange(generating // 2))
-    ways = {"inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
-            "EGGROLL whole step": (backend.score, es.sigma),
-            "naive ES forward": (lambda *a: naive_score(backend, *a), es.sigma)}
+    ways: dict[str, tuple[Callable[..., object], float]] = {
+        "inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
+        "EGGROLL whole step": (backend.score, es.sigma),
+        "naive ES forward": (lambda *a: naive_score(backend, *a), es.sigma)}
 
     def run(name: str, generate: bool) -> int:
         """One pass over T tokens; returns how many tokens that were."""
@@ -2079,6 +2082,7 @@ def prepare_out(out: Path | None) -> Path:
 def steps_for(minutes: float, model: Model, backend: Backend, es: ES, text: np.ndarray) -> int:
     """How many steps take this long here, from a few steps of a copy."""
     trial, es = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0), replace(es, steps=2**31)
+    hold(trial, backend)
     es_step(trial, backend, text, es)  # warms up
     began = time.perf_counter()
     while trial.step < 3 or time.perf_counter() - began < 0.6 * minutes:

@@ -1216,7 +1216,7 @@ class FakeCupy:
     """As much of CuPy as nano_eggroll uses, on the emulated GPU; `trouble` is raised when a kernel is launched."""
 
     def __init__(self, folder, trouble=None, driver=12020):
-        simt, fake = {}, self
+        simt = {}
 
         class Array:
             def __init__(self, a):
