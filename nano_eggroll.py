@@ -453,8 +453,8 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
 # The kernel: the same pass for any C compiler and for CUDA. `vf` and `vi` hold one number for each of LANES tokens (a
 # SIMD register on a CPU, a register of each thread of a warp on a GPU), and a buffer is [channel][lane], so the code
 # reads like scalar code. When a member's text is scored, lanes are its tokens; in generation (BATCH), where tokens come
-# one at a time, lanes are members. Only the token shift and the recurrence look across lanes. On a GPU a block of threads
-# takes a task, its warps share the channels, and SYNC comes before one warp reads what another wrote.
+# one at a time, lanes are members. Only the token shift and the recurrence look across lanes. On a GPU a block of
+# threads takes a task, its warps share the channels, and SYNC comes before one warp reads what another wrote.
 # First, what differs between machines.
 
 MACHINE = r"""
