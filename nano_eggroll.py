@@ -505,6 +505,7 @@ typedef long long i64;
   #define FETCH(p) __ldg(p)                       // a load of what a kernel never writes, so that it may come early
   #define CONSTANT static __device__ const
   #define UNROLL _Pragma("unroll")
+  #define UNROLL_2 _Pragma("unroll 2")            // where more would take too many registers
   #define I2F(x) ((float)(x))
   #define splat(x) (x)
   #define isplat(x) (x)
@@ -603,6 +604,7 @@ typedef long long i64;
   #define FETCH(p) (*(p))
   #define CONSTANT static const
   #define UNROLL _Pragma("GCC unroll 16")
+  #define UNROLL_2 UNROLL
   #define I2F(x) __builtin_convertvector(x, vf)
   #define splat(x) ((x) - (vf){0})
   #define isplat(x) ((x) + (vi){0})
@@ -815,7 +817,7 @@ PART void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tens
     const int word = t.word + WORDS_OF(t.out);
     vu h[R];
     if (m->rank && !STORED) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, word + i / 2);
-    UNROLL for (int j = 4 * i; j < 4 * i + 4; j++) {
+    UNROLL_2 for (int j = 4 * i; j < 4 * i + 4; j++) {
       vi code = isplat(0);
       UNROLL for (int b = 0; b < 4; b++)
         if (4 * j + b < n) code |= (AS_I(TERM(4 * j + b) * inv + MAGIC) & 255) << 8 * b;
