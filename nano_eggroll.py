@@ -773,7 +773,6 @@ typedef struct {
 #define FIRST_VECTOR(l) (TABLE[GLOBALS + (l) * KINDS].vec / D)  // of layer l, of which the first kind is a vector
 #define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
 #define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
-#define SIGNED(biased) ((i8)((biased) - BIAS))
 #define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a stored factor starts, given its first word
 
 #ifndef __CUDACC__
@@ -793,13 +792,10 @@ INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
 #else
   #define PARAM(t, d) (m->s->vec[(t).vec - m->vec + (d)])
 #endif
-#if STORED  // entries 4i to 4i+3 as bytes and entry o, of those that word w starts; h: the word that holds them
+#if STORED  // entries 4i to 4i+3 of those that word w starts, as bytes; h: the word that holds them
   #define FOUR(k, w, i, h) isplat(load4(m->s->noise + COLUMN(k, w) + 4 * (i)))
-  #define ENTRY(k, w, o) SIGNED(m->s->noise[COLUMN(k, w) + (o)])
 #else
   #define FOUR(k, w, i, h) (vi)BYTES(h, (i) % 8 * 4)
-  #define ENTRY(k, w, o) \
-    ((int)(noise_word(AT(m->k0, 0), AT(m->k1, 0), (k) * WORDS + (w) + (o) / 32) >> (o) % 32 & 1) * 2 - 1)
 #endif
 
 // input = n channels of x in int8, absmax 127, with their products with B of tensor t; or, with `shift`, of x + dx mu.
@@ -1134,9 +1130,12 @@ PART void vectors(Model *m, int first, int last) {
       }
     }
 #else
+    const u32 k0 = AT(m->k0, 0), k1 = AT(m->k1, 0);
+    const float c = AT(m->c, 0);
     SPREAD(o, D) {
       float q = FETCH(m->w + t.at + o);
-      if (m->rank) for (int k = 0; k < R; k++) q = q + ENTRY(k, t.word, o) * AT(m->c, 0);
+      if (m->rank) for (int k = 0; k < R; k++)
+        q = q + (noise_word(k0, k1, k * WORDS + t.word + o / 32) >> o % 32 & 1 ? c : -c);
       PARAM(t, o) = q * FETCH(m->scale + t.row + o);
     }
 #endif
