@@ -839,8 +839,7 @@ INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int s
       w[i] = constant ? FETCH(from) : *from;
     }
     UNROLL for (int i = 0; i < 4; i += 2) if (k0 + i * 32 < n) UNROLL for (int j = 0; j < 4; j++) {
-      const int lane = LANE / 8 * 8 + LANE / 4 % 2 * 4 + j;
-      const int4 x = *(const int4 *)((const i8 *)codes + lane * stride + k0 + i * 32 + LANE % 4 * 16);
+      const int4 x = *(const int4 *)((const i8 *)codes + (LANE / 4 * 4 + j) * stride + k0 + i * 32 + LANE % 4 * 16);
       MMA(c[j], w[i].x, w[i + 1].x, w[i].y, w[i + 1].y, x.x, x.y);
       MMA(c[j], w[i].z, w[i + 1].z, w[i].w, w[i + 1].w, x.z, x.w);
     }
