@@ -1241,12 +1241,9 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
 KERNEL pack(const i8 *w, i8 *packed, int first, int last, void *scratch) {
   TASKS(u) {
     const Tensor t = TABLE[UNITS[u].tensor];
-    const int row = UNITS[u].row, rows = PAD(t.out, 16) - row;
-    if (t.cols) EACH(j, rows < UNIT ? rows : UNIT) {
-      const int o = row + j;
-      SPREAD(k, PAD(t.cols, 64))
-        packed[t.pack + PACKED_AT(o, k, t.cols)] = o < t.out && k < t.cols ? w[t.at + o * t.cols + k] + BIAS : 0;
-    }
+    const int row = UNITS[u].row, left = t.out - row;
+    if (t.cols) EACH(j, left < UNIT ? left : UNIT) SPREAD(k, PAD(t.cols, 64))
+      packed[t.pack + PACKED_AT(row + j, k, t.cols)] = k < t.cols ? w[t.at + (row + j) * t.cols + k] + BIAS : 0;
   }
 }
 
