@@ -500,7 +500,8 @@ typedef long long i64;
   #define V(x, d) ((x)[d][LANE])                  // all lanes of channel d of a float buffer
   #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
   #define INLINE static __device__ __forceinline__
-  #define PART static __device__ __noinline__     // a part of the pass: inlined, it would not fit the instruction cache
+  #define FUNCTION static __device__ __noinline__  // in the code only once, so that all fits the instruction cache
+  #define PART FUNCTION                           // what a CPU inlines
   #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
   #define FETCH(p) __ldg(p)                       // a load of what a kernel never writes, so that it may come early
   #define CONSTANT static __device__ const
@@ -599,7 +600,8 @@ typedef long long i64;
   #define V(x, d) (*(vf *)(x)[d])
   #define Q(x, d) (*(vi *)(x)[d])
   #define INLINE static inline __attribute__((always_inline))
-  #define PART static __attribute__((noinline))
+  #define FUNCTION static __attribute__((noinline))
+  #define PART INLINE
   #define KERNEL void
   #define FETCH(p) (*(p))
   #define CONSTANT static const
@@ -800,7 +802,7 @@ INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
 
 // input = n channels of x in int8, absmax 127, with their products with B of tensor t; or, with `shift`, of x + dx mu.
 // A warp's own channels of x (see EACH) must be there; after the SYNC in it, all must.
-PART void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tensor mu) {
+FUNCTION void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tensor mu) {
   FAST(Fast, s, m->s);
   Input *in = (Input *)input;
   #define TERM(d) (shift ? V(x, d) + V(s->dx, d) * PARAM(mu, d) : splat(V(x, d)))
@@ -1113,7 +1115,7 @@ INLINE void channel_mix(Model *m, int l) {
 }
 
 // Works out the member's own vectors number `first` to `last`.
-PART void vectors(Model *m, int first, int last) {
+FUNCTION void vectors(Model *m, int first, int last) {
   FAST(Fast, s, m->s);
   m->vec = first * D;
   EACH(i, last - first) {
