@@ -482,9 +482,8 @@ typedef long long i64;
   #define FOR_LANE(l) for (int l = LANE, once_ = 1; once_; once_ = 0)
   #define SYNC __syncthreads()
   // A struct for fast memory: shared memory where it fits, else the block's scratch, which the L2 cache holds.
-  #define FAST(type, name, other) \
-    extern __shared__ int4 shared_memory[]; \
-    type *name = sizeof(type) <= SHARED ? (type *)shared_memory : (other)
+  extern __shared__ int4 shared_memory[];
+  #define FAST(type, name, other) type *name = sizeof(type) <= SHARED ? (type *)shared_memory : (other)
   #define SLOT(scratch, type) ((type *)(scratch) + blockIdx.x)
   #define ALIGNED __align__(64)
   #define WIDTH (SHARED < 200000 ? 64 : 128)      // of a group of heads, so that it fits fast memory where D = 256
@@ -1595,21 +1594,25 @@ class CudaLauncher:
     def __init__(self, source: str) -> None:
         import cupy
 
-        device = cupy.cuda.Device().attributes
-        room = device["MaxSharedMemoryPerBlockOptin"]
         try:
-            module = cupy.RawModule(code=source, options=(*CUDA_OPTIONS, f"-DSHARED={room}"))
-            sizes = cupy.zeros(7, np.int32)
+            device, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
+            room = device["MaxSharedMemoryPerBlockOptin"]
+            # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
+            cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
+            module, sizes = cupy.cuda.function.Module(), cupy.zeros(7, np.int32)
+            module.load(cubin)
             module.get_function("sizes")((1,), (1,), (sizes,))
             self.xp, self.sizes = cupy, sizes.get().tolist()
             self.kernels: dict[str, tuple[Any, int, int]] = {}
-            for name, fast in ("score", self.sizes[2]), ("update", self.sizes[3]), ("pack", 0):
+            scratch = 0
+            for name, slow, fast in ("score", *self.sizes[:4:2]), ("update", *self.sizes[1:4:2]), ("pack", 0, 0):
                 kernel, shared = module.get_function(name), fast if fast <= room else 0
-                kernel.max_dynamic_shared_size_bytes = shared
-                blocks = device["MultiProcessorCount"] * cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                    kernel.kernel.ptr, self.sizes[6], shared)
+                driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+                blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                    kernel.ptr, self.sizes[6], shared)
                 self.kernels[name] = kernel, blocks, shared
-            self.scratch = cupy.empty(max(k[1] for k in self.kernels.values()) * max(self.sizes[:2]), np.uint8)
+                scratch = max(scratch, blocks * slow)
+            self.scratch = cupy.empty(scratch, np.uint8)
         except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
             raise cuda_trouble(e) from None
         self.kept: dict[int, tuple[np.ndarray, Any]] = {}
@@ -1640,7 +1643,7 @@ class CudaLauncher:
 
 def cuda_trouble(e: Exception) -> UserError:
     """What to do about an error of CuPy's."""
-    text = f"{type(e).__name__}: {e}".lower()
+    text = f"{type(e).__name__}: {e}".lower().replace("_", "")
     for sign, remedy in {
         "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
         "memoryallocation": "is out of memory: stop other programs on it, or use a smaller --dim or --layers",

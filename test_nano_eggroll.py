@@ -762,6 +762,7 @@ def test_cuda_source_compiles_without_spills(arch, shape):
             report = nvrtc.getProgramLog(program)
     ptx = nvrtc.getPTX(program)
     assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
+    assert b".ftz" not in ptx  # and denormals are kept
     assert (b"mma.sync.aligned.m16n8k32" in ptx) == (arch >= 80)
     assert b"dp4a" in ptx
     spills = dict(re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report))
@@ -1132,6 +1133,19 @@ class Simt:
                  fast if fast <= self.shared else 0)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_cupy_keeps_to_the_options(kept, monkeypatch):
+    """CuPy's way to compile, but for asking the GPU what it is: cupy.RawModule would flush denormals to zero."""
+    compiler = pytest.importorskip("cupy.cuda.compiler")
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
+    options = E.CUDA_OPTIONS if kept else (*E.CUDA_OPTIONS, "-ftz=true")  # as RawModule does
+    try:
+        code, _ = compiler.compile_using_nvrtc(E.kernel_source(E.Config(), 1), options)
+    except Exception as e:  # noqa: BLE001
+        pytest.skip(f"no NVRTC library: {e}")
+    assert (b"noftz" in code) == kept  # the compiler's own division, named in the machine code
+
+
 needs_gcc = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or platform.machine() != "x86_64",
                                reason="the interpreter needs Linux on x86-64 and g++")
 
@@ -1231,37 +1245,46 @@ class FakeCupy:
             def __len__(self):
                 return len(self.a)
 
-        class RawKernel:
+        class Function:
             def __init__(self, gpu, name):
-                self.gpu, self.name, self.max_dynamic_shared_size_bytes, self.kernel = gpu, name, 0, self
-                self.ptr = 0
+                self.gpu, self.name, self.ptr, self.most = gpu, name, self, 49152
 
             def __call__(self, grid, block, args, shared_mem=0):
                 if trouble:
                     raise trouble
-                assert shared_mem <= max(49152, self.max_dynamic_shared_size_bytes)
+                assert shared_mem <= self.most
                 args = [a.a if isinstance(a, Array) else a for a in args]
                 arrays = [a for a in args if isinstance(a, np.ndarray)]
                 self.gpu.run(self.name, args, arrays, grid[0], block[0], shared_mem)
 
-        class RawModule:
-            def __init__(self, code, options):
-                assert set(E.CUDA_OPTIONS) < set(options)
-                if code not in simt:
-                    simt[code] = Simt(code, folder)
-                self.gpu = simt[code]
+        class Module:
+            def load(self, cubin):
+                self.gpu = simt[cubin]
 
             def get_function(self, name):
-                return RawKernel(self.gpu, name)
+                return Function(self.gpu, name)
 
-        self.RawModule = RawModule
+        def compile_using_nvrtc(source, options):
+            assert options[:-1] == E.CUDA_OPTIONS
+            if source not in simt:
+                simt[source] = Simt(source, folder)
+            return source, None
+
+        def set_attribute(function, attribute, value):
+            assert attribute == "shared"
+            function.most = value
+
         self.asarray = lambda a: a if isinstance(a, Array) else Array(np.array(a))
         self.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
         self.empty = lambda shape, dtype: Array(np.full(shape, 0xCD, dtype))
         device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2})
         self.cuda = SimpleNamespace(
             Device=lambda: device,
-            driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1),
+            compiler=SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc),
+            function=SimpleNamespace(Module=Module),
+            driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1,
+                                   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+                                   funcSetAttribute=set_attribute),
             runtime=SimpleNamespace(driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 12090,
                                     getDeviceProperties=lambda i: {"name": b"fake"}))
 
@@ -1291,6 +1314,7 @@ TROUBLES = {
     "too old a driver": ({"driver": 11080}, "cupy-cuda11x"),
     "no driver": ({"driver": 0}, "no NVIDIA driver"),
     "out of memory": ({"trouble": OutOfMemoryError("allocating 1 byte")}, "out of memory"),
+    "no room for a kernel": ({"trouble": RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")}, "is out of memory"),
     "no NVRTC": ({"trouble": RuntimeError("libnvrtc.so.12 cannot be opened")}, "pip install nvidia-cuda-nvrtc"),
     "anything else": ({"trouble": RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal address")}, "illegal address"),
 }
