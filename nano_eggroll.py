@@ -624,7 +624,6 @@ typedef long long i64;
 """
 
 KERNEL = r"""
-#define H (D / N)
 #define STATE (D * (2 + N))                       // of a layer: two token shifts and S^T of every head
 #define TOKENS(buffer) float buffer[STRIDE]
 #define WORDS_OF(n) (((n) + 31) / 32)             // noise words for n entries
@@ -1145,9 +1144,10 @@ FUNCTION void vectors(Model *m, int first, int last) {
 // Draws the noise of a task's members.
 INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
   FOR_LANE(t) {
-    AT(m->k0, t) = key0(seed, step, (member + (BATCH ? t : 0)) / 2);
-    AT(m->k1, t) = key1(seed, step, (member + (BATCH ? t : 0)) / 2);
-    AT(m->c, t) = (member + (BATCH ? t : 0)) % 2 ? -c : c;
+    const int mine = BATCH ? member + t : member;
+    AT(m->k0, t) = key0(seed, step, mine / 2);
+    AT(m->k1, t) = key1(seed, step, mine / 2);
+    AT(m->c, t) = mine % 2 ? -c : c;
   }
 #if STORED
   FAST(Fast, s, m->s);
@@ -1321,8 +1321,10 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
         }
         for (int i0 = 0; i0 < cols; i0 += COLUMN_BLOCKS * LANES) {
           const int left = (cols - i0 + LANES - 1) / LANES, blocks = left < COLUMN_BLOCKS ? left : COLUMN_BLOCKS;
-          for (int i = 0; i < blocks; i++) FLAT(p, padded)
-            s->hb[i][p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + (i0 + i * LANES) / 32) >> i0 % 32;
+          for (int i = 0; i < blocks; i++) FLAT(p, padded) {
+            const int column = i0 + i * LANES;
+            s->hb[i][p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + column / 32) >> column % 32;
+          }
           SYNC;
           for (int i = 0; i < blocks; i++) EACH(q, padded / 4) {
             const u32 *h = s->hb[i] + 4 * q;
@@ -1345,18 +1347,27 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
   }
 }
 
-// Bytes of scratch for a task of `score` and `update`, of fast memory for both, members to a task, bytes of weights,
-// threads of a block.
+// Fills in `Sizes`.
 KERNEL sizes(int *n) {
   n[0] = sizeof(Task);
   n[1] = sizeof(Update);
   n[2] = sizeof(Fast);
-  n[3] = sizeof(Update);
-  n[4] = BATCH ? LANES : 1;
-  n[5] = PACKED;
-  n[6] = THREADS;
+  n[3] = BATCH ? LANES : 1;
+  n[4] = PACKED;
+  n[5] = THREADS;
 }
 """
+
+
+class Sizes(NamedTuple):
+    """What a launcher must know of a compiled kernel."""
+
+    task: int  # bytes of scratch for a task of `score`
+    update: int  # the same for `update`, which can do with as much fast memory instead
+    fast: int  # bytes of fast memory that `score` can do with
+    members: int  # of a task of `score`
+    packed: int  # bytes of packed weights
+    threads: int  # of a block, on a GPU
 
 
 def update_units(cfg: Config) -> list[tuple[str, int]]:
@@ -1384,7 +1395,7 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
     vectors = [i for i, row in enumerate(rows) if row[0] and not row[1]]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
-        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "TENSORS": len(names), "KINDS": len(kinds),
+        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "KINDS": len(kinds),
         "VECTORS": len(vectors), "LAYER_VECTORS": sum(not p.cols for p in block.values()),
         "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
         "BATCH": int(mode == "generate"), "NAIVE": int(mode == "naive"),
@@ -1465,8 +1476,8 @@ class KernelBackend:
     """The kernel, on this CPU or on a GPU; methods as in NumpyBackend.
 
     `build(source)` compiles a kernel source and returns a launcher: launch(name, tasks, args, out) runs a kernel and
-    fills those arrays of its arguments that are in `out`; launch.sizes is what the kernel `sizes` says; launch.xp is
-    the module, numpy or cupy, of the arrays that need no copying.
+    fills those arrays of its arguments that are in `out`; launch.sizes are its `Sizes`; launch.xp is the module, numpy
+    or cupy, of the arrays that need no copying.
     """
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
@@ -1478,7 +1489,7 @@ class KernelBackend:
         """The launcher of a mode of `kernel_source`, compiled when first needed, and room for packed weights."""
         if mode not in self.launchers:
             launch = self.build(kernel_source(self.cfg, self.rank, mode))
-            self.launchers[mode] = launch, launch.xp.zeros(launch.sizes[5], np.int8)
+            self.launchers[mode] = launch, launch.xp.zeros(launch.sizes.packed, np.int8)
         return self.launchers[mode]
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
@@ -1489,7 +1500,7 @@ class KernelBackend:
         launch, packed = self.launcher(mode or ("generate" if generate else "score"))
         cost = np.zeros(len(start), np.int32)
         launch("pack", self.units, (model.q, packed), [packed])
-        launch("score", -(-len(start) // launch.sizes[4]), (
+        launch("score", -(-len(start) // launch.sizes.members), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
             np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
         return cost
@@ -1562,12 +1573,12 @@ class CLauncher:
 
     def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
         self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
-        sizes = np.zeros(7, np.int32)
+        sizes = np.zeros(len(Sizes._fields), np.int32)
         self.lib.sizes(*c_arguments((sizes,)))
-        self.sizes = sizes.tolist()
+        self.sizes = Sizes(*sizes.tolist())
         self.free: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(threads):
-            self.free.put(np.empty(max(self.sizes[:2]) + 64, np.uint8))
+            self.free.put(np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8))
         self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def __call__(self, name: str, tasks: int, args: tuple, out: list[np.ndarray]) -> None:
@@ -1599,17 +1610,17 @@ class CudaLauncher:
             room = device["MaxSharedMemoryPerBlockOptin"]
             # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
             cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
-            module, sizes = cupy.cuda.function.Module(), cupy.zeros(7, np.int32)
+            module, sizes = cupy.cuda.function.Module(), cupy.zeros(len(Sizes._fields), np.int32)
             module.load(cubin)
             module.get_function("sizes")((1,), (1,), (sizes,))
-            self.xp, self.sizes = cupy, sizes.get().tolist()
+            self.xp, self.sizes = cupy, Sizes(*sizes.get().tolist())
             self.kernels: dict[str, tuple[Any, int, int]] = {}
-            scratch = 0
-            for name, slow, fast in ("score", *self.sizes[:4:2]), ("update", *self.sizes[1:4:2]), ("pack", 0, 0):
+            scratch, s = 0, self.sizes
+            for name, slow, fast in ("score", s.task, s.fast), ("update", s.update, s.update), ("pack", 0, 0):
                 kernel, shared = module.get_function(name), fast if fast <= room else 0
                 driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
                 blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                    kernel.ptr, self.sizes[6], shared)
+                    kernel.ptr, self.sizes.threads, shared)
                 self.kernels[name] = kernel, blocks, shared
                 scratch = max(scratch, blocks * slow)
             self.scratch = cupy.empty(scratch, np.uint8)
@@ -1632,7 +1643,7 @@ class CudaLauncher:
         kernel, blocks, shared = self.kernels[name]
         try:
             there = [self.put(a) for a in args]
-            kernel((min(blocks, tasks),), (self.sizes[6],), (*there, np.int32(0), np.int32(tasks), self.scratch),
+            kernel((min(blocks, tasks),), (self.sizes.threads,), (*there, np.int32(0), np.int32(tasks), self.scratch),
                    shared_mem=shared)
             for a, device in zip(args, there, strict=True):
                 if isinstance(a, np.ndarray) and any(a is o for o in out):
@@ -1643,16 +1654,15 @@ class CudaLauncher:
 
 def cuda_trouble(e: Exception) -> UserError:
     """What to do about an error of CuPy's."""
-    text = f"{type(e).__name__}: {e}".lower().replace("_", "")
+    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
     for sign, remedy in {
         "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
-        "memoryallocation": "is out of memory: stop other programs on it, or use a smaller --dim or --layers",
         "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
         "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
     }.items():
         if sign in text:
             return UserError(f"the GPU {remedy}; or use --backend c")
-    return UserError(f"the GPU failed ({(str(e).splitlines() or [text])[0]}): use --backend c")
+    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -804,7 +804,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 int atomicAdd(int *p, int x);
-int atomicMax(int *p, int x);
 void __syncthreads();
 void __syncwarp(unsigned mask = ~0u);
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
@@ -845,7 +844,6 @@ char *simt_shared;
 __attribute__((visibility("hidden"))) extern char __ehdr_start[], _end[];  // from the linker: this library
 static const size_t STACK = 1 << 17;
 static void (*kernel)(void **), **arguments;
-static bool excuse_same, strict;
 static vector<Region> regions;                    // first the shared memory of each block
 static vector<Fiber> fibers;
 static std::deque<Fiber *> ready;
@@ -855,7 +853,6 @@ static ucontext_t starting;
 static jmp_buf host;
 static string findings;
 static std::set<unsigned> found;                  // their sites
-static struct { char *p; string old; unsigned site; Record race; } doubt;  // a race, unless the write changes nothing
 
 #define SITE ((unsigned)((char *)__builtin_return_address(0) - __ehdr_start - 1))
 static string who(unsigned id, unsigned site) {   // the driver turns @site into a line of the source
@@ -890,14 +887,6 @@ static void report_race(char *p, size_t n, Kind kind, unsigned site, const Recor
   report("race: ", p, n, kind, site, false, ", not ordered with " + who(r.thread, r.site) + others);
 }
 
-// A hook comes before its write, so whether that changed anything shows at the thread's next event.
-static void settle() {
-  char *p = doubt.p;
-  doubt.p = nullptr;
-  size_t n = doubt.old.size();
-  if (p && memcmp(p, doubt.old.data(), n)) report_race(p, n, WRITE, doubt.site, doubt.race);
-}
-
 // Whether the access, or one that its flags stand for, was another thread's with nothing since then to order it.
 static bool unordered(const Record &r) {
   if (!r.time) return false;
@@ -918,20 +907,17 @@ static void remember(Record &r, unsigned site) {
 }
 
 static void access(char *p, size_t n, Kind kind, unsigned site) {
-  settle();
   if ((p >= self->stack && p + n <= self->stack + STACK) || (p >= __ehdr_start && p + n <= _end)) return;
   Region &region = nearest(p);
   if (p < region.start || p + n > region.start + region.size) report("out of bounds: ", p, n, kind, site, true);
   if (kind != READ && !region.writable) report("not in out: ", p, n, kind, site, false);
   Record race = {};
-  Kind with = READ;
   for (Byte *b = region.bytes + (p - region.start), *end = b + n; b < end; b++) {
     for (Kind k : {READ, ATOMIC, WRITE})
-      if (!race.time && (k != kind || k == WRITE) && unordered(b->last[k])) race = b->last[k], with = k;
+      if (!race.time && (k != kind || k == WRITE) && unordered(b->last[k])) race = b->last[k];
     remember(b->last[kind], site);
   }
-  if (race.time && excuse_same && kind == WRITE && with == WRITE) doubt = {p, string(p, n), site, race};
-  else if (race.time) report_race(p, n, kind, site, race);
+  if (race.time) report_race(p, n, kind, site, race);
 }
 
 #define HOOKS(n) \
@@ -946,7 +932,6 @@ extern "C" void __ubsan_handle_out_of_bounds(void *, long i) {
 }
 extern "C" void __ubsan_handle_type_mismatch_v1(void *, char *p) { report("misaligned: ", p, 0, READ, SITE, true); }
 int atomicAdd(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); return (*p += x) - x; }
-int atomicMax(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); int old = *p; *p = x > old ? x : old; return old; }
 
 // ---- threads
 
@@ -968,14 +953,13 @@ static void go_on() {                             // with the next thread that c
 static void live() {                              // what a fiber does
   if (!_setjmp(self->context)) setcontext(&starting);
   kernel(arguments);
-  settle();
   self->where = nullptr;
   go_on();
 }
 
-// Returns when all of the group are here; if that `orders` accesses, those before come before those after.
+// Returns when all of the group are here. If that `orders` accesses, as only barriers do, those before it come before
+// those after it.
 static void meet(Group &g, const char *where, bool orders, unsigned site) {
-  settle();
   if (g.arrived && strcmp(g.where, where))
     report("divergence: " + who(self->id, site) + " is at " + where + ", others at " + g.where, site, true);
   self->where = g.where = where, self->site = site;
@@ -999,14 +983,14 @@ static Given &exchange(unsigned mask, const int *mine, int n, const char *where,
 void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
 void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
 int simt_shuffle(unsigned mask, int bits, int lane) {
-  return exchange(mask, &bits, 1, "a shuffle", !strict, SITE)[lane & 31][0];
+  return exchange(mask, &bits, 1, "a shuffle", false, SITE)[lane & 31][0];
 }
 
 // mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
 // in b0, b1 the same bytes of column g of B, and in c columns 2j, 2j+1 of row g, then of row g+8.
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1) {
   int mine[6] = {a0, a1, a2, a3, b0, b1}, g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-  Given &given = exchange(~0u, mine, 6, "an MMA", !strict, SITE);
+  Given &given = exchange(~0u, mine, 6, "an MMA", false, SITE);
   for (int i = 0; i < 4; i++) for (int k = 0; k < 4; k++) for (int half = 0; half < 2; half++)
     c[i] = __dp4a(given[4 * g + k][i / 2 + 2 * half], given[4 * (2 * j + i % 2) + k][4 + half], c[i]);
 }
@@ -1019,11 +1003,10 @@ extern "C" void simt_region(const char *name, char *start, size_t size, bool wri
 }
 
 // Runs a kernel on the regions given since the last launch and returns what is wrong with it.
-extern "C" const char *simt_launch(void (*entry)(void **), void **values, unsigned blocks, unsigned threads, bool same,
-                                   bool only_syncwarp) {
-  kernel = entry, arguments = values, excuse_same = same, strict = only_syncwarp;
+extern "C" const char *simt_launch(void (*entry)(void **), void **values, unsigned blocks, unsigned threads) {
+  kernel = entry, arguments = values;
   gridDim.x = blocks, blockDim.x = threads, now = 1;
-  findings.clear(), found.clear(), ready.clear(), doubt.p = nullptr;
+  findings.clear(), found.clear(), ready.clear();
   vector<Group> all(blocks), warps(blocks * threads);  // more than enough
   char *stacks = (char *)malloc(blocks * threads * STACK);
   fibers.resize(blocks * threads);
@@ -1082,10 +1065,10 @@ class Simt:
         subprocess.run(["g++", "-shared", "-Wl,-z,defs", machine, kernel, "-lm", "-o", self.path], check=True)
         self.gpu = ctypes.CDLL(self.path)
         self.gpu.simt_launch.restype = ctypes.c_char_p
-        sizes = np.zeros(7, np.int32)
+        sizes = np.zeros(len(E.Sizes._fields), np.int32)
         if "sizes" in self.kernels:
             self.run("sizes", (sizes,), [sizes], 1, 1, 0)
-        self.sizes, self.shared = sizes.tolist(), shared
+        self.sizes, self.shared = E.Sizes(*sizes.tolist()), shared
 
     def place(self, site):
         """Where in the source the machine found something, with the lines that it is inlined from."""
@@ -1120,16 +1103,16 @@ class Simt:
             values.append(np.array(0 if a is None else a))
         pointers = np.array([v.ctypes.data for v in values], np.uint64)
         findings = self.gpu.simt_launch(getattr(self.gpu, f"simt_{name}"), ctypes.c_void_p(pointers.ctypes.data),
-                                        blocks, threads, False, True).decode()
+                                        blocks, threads).decode()
         assert not findings, f"{name}\n" + re.sub(r" @(\d+)", self.place, findings)
         for a, copy in back:
             a[...] = copy.view(a.dtype).reshape(a.shape)
 
     def __call__(self, name, tasks, args, out):
         """Run the tasks of a kernel."""
-        fast = {"score": self.sizes[2], "update": self.sizes[3]}.get(name, 0)
-        scratch = np.full(self.blocks * max(self.sizes[:2]), 0xCD, np.uint8)
-        self.run(name, (*args, np.int32(0), np.int32(tasks), scratch), [*out, scratch], self.blocks, self.sizes[6],
+        fast = {"score": self.sizes.fast, "update": self.sizes.update}.get(name, 0)
+        scratch = np.full(self.blocks * max(self.sizes.task, self.sizes.update), 0xCD, np.uint8)
+        self.run(name, (*args, np.int32(0), np.int32(tasks), scratch), [*out, scratch], self.blocks, self.sizes.threads,
                  fast if fast <= self.shared else 0)
 
 
@@ -1221,9 +1204,9 @@ def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, seed, ran
 @pytest.mark.parametrize("head_size", [16, 64])
 def test_activations_of_width_256_fit_the_shared_memory_of_an_h100(head_size, simt_folder):
     cfg = E.Config(dim=256, layers=6, head_size=head_size)
-    task, update, fast, fast_update, *_ = Simt(E.kernel_source(cfg, 1), simt_folder, check=False).sizes
-    assert max(fast, fast_update) <= SHARED[90]
-    assert 132 * max(task, update) < 200 * 2**20  # all the memory that a launch needs, whatever the population
+    sizes = Simt(E.kernel_source(cfg, 1), simt_folder, check=False).sizes
+    assert max(sizes.fast, sizes.update) <= SHARED[90]
+    assert 132 * max(sizes.task, sizes.update) < 200 * 2**20  # all that a launch needs, whatever the population
 
 
 class FakeCupy:
@@ -1238,12 +1221,6 @@ class FakeCupy:
 
             def get(self):
                 return self.a.copy()
-
-            def copy(self):
-                return Array(self.a.copy())
-
-            def __len__(self):
-                return len(self.a)
 
         class Function:
             def __init__(self, gpu, name):
@@ -1315,6 +1292,7 @@ TROUBLES = {
     "no driver": ({"driver": 0}, "no NVIDIA driver"),
     "out of memory": ({"trouble": OutOfMemoryError("allocating 1 byte")}, "out of memory"),
     "no room for a kernel": ({"trouble": RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")}, "is out of memory"),
+    "no memory": ({"trouble": RuntimeError("cudaErrorMemoryAllocation: out of memory")}, "is out of memory"),
     "no NVRTC": ({"trouble": RuntimeError("libnvrtc.so.12 cannot be opened")}, "pip install nvidia-cuda-nvrtc"),
     "anything else": ({"trouble": RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal address")}, "illegal address"),
 }
