@@ -35,8 +35,10 @@ import io
 import json
 import math
 import os
+import pickletools
 import platform
 import queue
+import re
 import shutil
 import signal
 import stat
@@ -44,11 +46,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -222,6 +225,12 @@ def host(a: Any) -> np.ndarray:
     return a if isinstance(a, np.ndarray) else a.get()
 
 
+def empty_model(cfg: Config) -> Model:
+    """A model of zeros."""
+    size, rows, _ = cfg.sizes
+    return Model(cfg, np.zeros(size, np.int8), np.zeros(rows, F32), np.zeros(size, np.int16))
+
+
 def new_model(cfg: Config, seed: int) -> Model:
     """Initial weights: every block is the identity (output, ffn.value, w1, a1, v1 are zero) and the head is zero.
 
@@ -229,8 +238,7 @@ def new_model(cfg: Config, seed: int) -> Model:
     follow the official RWKV-7 formulas. The normal deviate is the sum of four bytes of the noise hash (Irwin-Hall): no
     library's random stream is involved, so the bits are the same everywhere.
     """
-    size, rows, _ = cfg.sizes
-    m = Model(cfg, np.zeros(size, np.int8), np.zeros(rows, F32), np.zeros(size, np.int16))
+    m = empty_model(cfg)
     i = np.arange(cfg.dim) / max(cfg.dim - 1, 1)  # position of a channel, 0 to 1
     for n, (name, p) in enumerate(cfg.params.items()):
         part = name.split(".", 2)[-1] if name.startswith("blocks.") else name
@@ -1792,7 +1800,9 @@ def digest(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def load_model(path: Path) -> Model:
-    """Read model.npz; raises UserError unless every byte is as it was written."""
+    """Read model.npz, or an official checkpoint; raises UserError unless every byte is as it was written."""
+    if path.suffix in (".pth", ".safetensors"):
+        return load_official(path)
     try:
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
@@ -1810,6 +1820,222 @@ def load_model(path: Path) -> Model:
         raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
     except Exception as e:  # noqa: BLE001 (a damaged zip file can raise almost anything)
         raise UserError(f"{path} is not a whole model.npz ({e}): use another copy or train again") from None
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]  # its entries: float16, float32 or, for bfloat16, uint16
+
+
+DTYPES = {"torch BFloat16Storage": "<u2", "torch HalfStorage": "<f2", "torch FloatStorage": "<f4",
+          "BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+
+
+def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
+    """What torch.save pickled, as plain data; tensor(storage, offset, shape, strides, ...) makes the tensors.
+
+    Interprets just the opcodes that tensors need. What the file names is never imported or called: it is known or refused.
+    """
+    known = {"collections OrderedDict": dict, "torch._utils _rebuild_tensor_v2": tensor,
+             "torch._utils _rebuild_parameter": lambda data, *_: data}
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop(count: int | None = None) -> list[Any]:
+        """The last items of the stack: so many, or those since the last mark."""
+        at = marks.pop() if count is None else len(stack) - count
+        if at < 0:
+            raise ValueError("its stack is empty")
+        items = stack[at:]
+        del stack[at:]
+        return items
+
+    for op, arg, _ in pickletools.genops(data):
+        match op.name:
+            case "PROTO" | "FRAME" | "BINPERSID":  # a storage's persistent id, a tuple, stands for it
+                pass
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
+                stack.append(arg)
+            case "NEWFALSE" | "NEWTRUE" | "NONE":
+                stack.append(None)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(pop()))
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop("E123".index(op.name[-1]))))
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[arg])
+            case "GLOBAL" | "STACK_GLOBAL":
+                name = arg or " ".join(pop(2))
+                if name not in known and name not in DTYPES:
+                    raise ValueError(f"it asks for {name.replace(' ', '.')}, which no tensor needs")
+                stack.append(name)
+            case "REDUCE":
+                name, args = pop(2)
+                if type(name) is not str or name not in known:
+                    raise ValueError("it calls what is no function")
+                stack.append(known[name](*args))
+            case "BUILD":  # torch's remarks on the versions of modules
+                pop(1)
+            case "SETITEM" | "SETITEMS":
+                items = pop(2 if op.name == "SETITEM" else None)
+                if any(type(key) is not str for key in items[::2]):
+                    raise ValueError("the name of a tensor is not a string")
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "STOP":
+                return stack.pop()
+            case other:
+                raise ValueError(f"its pickle has the opcode {other}, which no tensor needs")
+
+
+def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
+    """The tensors of a .pth that torch.save wrote: a zip file of a pickle and of one entry for each storage."""
+    archive = zipfile.ZipFile(file)
+    root = next((n for n in archive.namelist() if n.endswith("data.pkl")), "").removesuffix("data.pkl")
+
+    def read(name: str) -> bytes:
+        if archive.getinfo(root + name).compress_type:  # torch does not compress; a small file could hold terabytes
+            raise ValueError(f"{root + name} is compressed")
+        return archive.read(root + name)
+
+    def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
+        match storage:
+            case ("storage", str(kind), str(key), str(), int(length)) if kind in DTYPES:
+                dtype = np.dtype(DTYPES[kind])
+            case _:
+                raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
+        if (any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides)
+                or math.prod(shape) > length or offset + sum((n - 1) * s for n, s in zip(shape, strides)) >= length):
+            raise ValueError(f"a tensor reaches beyond its storage {key}")
+
+        def entries() -> np.ndarray:
+            flat = np.frombuffer(read(f"data/{key}"), dtype)
+            if len(flat) != length:
+                raise ValueError(f"storage {key} is not {length} entries long")
+            return np.lib.stride_tricks.as_strided(flat[offset:], shape, [s * dtype.itemsize for s in strides])
+
+        return Stored(shape, entries)
+
+    return unpickle(read("data.pkl"), tensor)
+
+
+def safetensors(file: BinaryIO) -> dict[str, Stored]:
+    """The tensors of a .safetensors: the length of a header, the header (JSON), the entries without gaps."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, 10**8):  # the format's own limit
+        raise ValueError("its header is not whole")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found, end = {}, 8 + length
+    for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if t["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is neither bfloat16 nor float16 nor float32")
+        shape, dtype, at = tuple(t["shape"]), np.dtype(DTYPES[t["dtype"]]), end
+        end += dtype.itemsize * math.prod(shape)
+        if any(type(n) is not int or n < 0 for n in shape) or t["data_offsets"] != [at - 8 - length, end - 8 - length]:
+            raise ValueError(f"{name} is not where it should be")
+
+        def entries(at: int = at, end: int = end, dtype: np.dtype = dtype, shape: tuple = shape) -> np.ndarray:
+            file.seek(at)
+            return np.frombuffer(file.read(end - at), dtype).reshape(shape)
+
+        found[name] = Stored(shape, entries)
+    if end != size:
+        raise ValueError(f"it is {size} bytes long, and should be {end}")
+    return found
+
+
+def official_config(tensors: dict[str, Stored]) -> Config:
+    """The shape of an RWKV-7, from the shapes of its tensors under their official names."""
+    layers = 1 + max((int(m[1]) for m in (re.fullmatch(r"blocks\.(\d{1,3})\.ln1\.weight", n) for n in tensors) if m),
+                     default=0)
+    last = f"blocks.{layers - 1}."
+    (V, D), (_, N), (F, _) = (tensors[n].shape for n in ("emb.weight", last + "att.r_k", last + "ffn.key.weight"))
+    lora = [tensors[last + f"att.{n}1"].shape[1] if n != "v" or layers > 1 else 1 for n in LORA]
+    return Config(D, layers, N, V, F, tuple(lora))
+
+
+# Where the input of some matrices can be scaled, channel by channel: in the rows of what makes it (of a vector, its
+# entries), and the power of them that it grows with.
+SCALABLE = [(("att.receptance.weight", "att.key.weight", "att.value.weight", "att.w1", "att.a1", "att.v1", "att.g1"),
+             ("ln1.weight", "ln1.bias"), 1), (("ffn.key.weight",), ("ln2.weight", "ln2.bias"), 1),
+            (("ffn.value.weight",), ("ffn.key.weight",), 2), (("att.output.weight",), ("att.g2",), 1),
+            (("att.a2",), ("att.a1",), 1), (("att.v2",), ("att.v1",), 1),
+            (("head.weight",), ("ln_out.weight", "ln_out.bias"), 1)]
+OUTLIER = 3  # how much larger than the median column's a column's absmax may be
+
+
+def load_official(path: Path) -> Model:
+    """An RWKV-7 checkpoint (.pth or .safetensors, official names) as int8, each row of a matrix scaled by its absmax.
+
+    An outlying column would leave few int8 steps for the others, so its size goes where the input comes from, if it can
+    (as in SmoothQuant, arXiv 2211.10438): the function stays the same. Holds one tensor at a time besides the int8
+    model. Raises UserError unless every tensor of an RWKV-7 is there, whole, finite and of the right shape, and no other.
+    """
+    try:
+        with open(path, "rb") as file:
+            tensors = pth_tensors(file) if path.suffix == ".pth" else safetensors(file)
+            if any(not isinstance(t, Stored) for t in tensors.values()):
+                raise ValueError("it holds more than tensors")
+            m = empty_model(official_config(tensors))
+            params = m.cfg.params
+            extra = set(tensors) - set(params) - {f"blocks.0.att.v{i}" for i in range(3)}  # some have these unused
+            for names, what in (set(params) - set(tensors), "lacks"), (extra, "has"):
+                if names:
+                    raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
+
+            def parts(p: Param) -> Iterator[tuple[slice, np.ndarray]]:
+                """Some rows at a time: which, and float32 [n, cols]; a vector is a row."""
+                transposed = re.search(r"\.att\.[wavg][12]$", p.name)
+                want = ((p.cols, p.out) if transposed else (p.out, p.cols)) if p.cols else (p.out,)
+                shape = tensors[p.name].shape
+                if (shape if p.cols else (math.prod(shape),)) != want:  # a vector may be [1, 1, D], and r_k is [H, N]
+                    raise ValueError(f"{p.name} is {list(shape)} and should be {list(want)}")
+                entries = tensors[p.name].read()
+                rows = (entries.T if transposed else entries).reshape(p.out if p.cols else 1, -1)
+                some = max(1, 2**20 // rows.shape[1])
+                for i in range(0, len(rows), some):
+                    w = rows[i:i + some]
+                    w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
+                    if not np.isfinite(w).all():
+                        raise ValueError(f"{p.name} has entries that are not finite")
+                    yield slice(i, i + len(w)), w
+
+            excess: dict[str, np.ndarray] = {}  # of each column of a matrix
+            for name, p in params.items():
+                if p.cols:
+                    top = np.max([np.abs(w).max(0) for _, w in parts(p)], 0)
+                    excess[name] = np.maximum(top / max(OUTLIER * np.median(top), 1e-30), 1)
+            shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
+            for readers, sources, power in SCALABLE:
+                for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
+                    if at := [b + n for n in readers if b + n in params]:
+                        factor = np.max([excess[n] for n in at], 0).astype(F32)
+                        shrink |= dict.fromkeys(at, factor)
+                        grow |= {b + n: factor ** F32(1 / power) for n in sources}
+            for name, p in params.items():
+                by_row, q = grow.get(name, np.ones(p.out, F32)), m.weight(name).reshape(p.out if p.cols else 1, -1)
+                for rows, w in parts(p):
+                    w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
+                    top = np.abs(w).max(1, keepdims=True)
+                    scale = np.where(top, top, F32(1)) / F32(127)
+                    q[rows] = np.rint(w / scale)
+                    m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
+            return m
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: give the path of a checkpoint") from None
+    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
+        raise UserError(f"{path} is not a whole RWKV-7 checkpoint ({str(e)[:200]}): download it again") from None
 
 
 def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int) -> float:
