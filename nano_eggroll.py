@@ -24,12 +24,15 @@ D width, L layers, H heads, N head size, F width of the channel mix, V vocabular
 from __future__ import annotations
 
 import argparse
+import ast
 import codecs
 import concurrent.futures
 import csv
 import ctypes
+import fnmatch
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -47,8 +50,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -78,10 +82,12 @@ class Config:
     vocab: int = 256  # V, 256 = bytes
     ffn: int = 0  # F, width of the channel mix; 0 means 4 D
     lora: tuple[int, int, int, int] = (16, 16, 16, 16)  # inner widths of the MLPs for w, a, v, g
+    freeze: tuple[str, ...] = ()  # parts of names, * for any: these parameters have no noise and are not updated
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
         object.__setattr__(self, "lora", tuple(self.lora))
+        object.__setattr__(self, "freeze", tuple(self.freeze))
         limits = {"dim": (self.dim, 16384), "layers": (self.layers, 256), "vocab": (self.vocab, 65536),
                   "ffn": (self.ffn, 65536), "head size": (self.head_size, self.dim)}
         limits |= {f"lora {n}": (size, 65536) for n, size in zip(LORA, self.lora, strict=True)}
@@ -94,6 +100,11 @@ class Config:
         block = self.dim * (4 * self.dim + 2 * self.ffn + 2 * sum(self.lora) + 20)
         if self.layers * block + 2 * self.vocab * self.dim >= 2**31:  # offsets are int32
             raise UserError(f"dim {self.dim} with {self.layers} layers is over 2^31 weights: choose less of either")
+        for part in self.freeze:
+            if not any(frozen(name, part) for name in self.params):
+                raise UserError(f"--freeze {part} names no parameter: give parts of names, like emb, att.w* or ln1")
+        if not any(p.word >= 0 for p in self.params.values()):
+            raise UserError("--freeze leaves nothing to train: name less")
 
     @cached_property
     def params(self) -> dict[str, Param]:
@@ -115,10 +126,11 @@ class Config:
             shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
         table, at, row, word = {}, 0, 0, 0
         for name, (out, cols) in shapes.items():
-            table[name] = Param(name, out, cols, at, row, word)
+            still = any(frozen(name, part) for part in self.freeze)
+            table[name] = Param(name, out, cols, at, row, -1 if still else word)
             at += -(-out * max(cols, 1) // 16) * 16  # 16-byte aligned, for vector loads
             row += out
-            word += words(out) + words(cols)
+            word += 0 if still else words(out) + words(cols)
         return table
 
     @cached_property
@@ -126,7 +138,7 @@ class Config:
         """(bytes of the flat int8 buffer, rows = entries of the scale array, 32-bit noise words of a pair and rank)."""
         last = list(self.params.values())[-1]
         return (last.at + -(-last.size // 16) * 16 + 16, last.row + last.out,  # 16 spare bytes: loads take 4 at a time
-                last.word + words(last.out) + words(last.cols))
+                max(p.word + words(p.out) + words(p.cols) for p in self.params.values() if p.word >= 0))
 
 
 class Param(NamedTuple):
@@ -137,7 +149,7 @@ class Param(NamedTuple):
     cols: int
     at: int  # offset in the flat int8 buffer
     row: int  # offset in the per-row scales
-    word: int  # offset in a pair's stream of noise words
+    word: int  # offset in a pair's stream of noise words, -1 if frozen
 
     @property
     def size(self) -> int:
@@ -148,6 +160,11 @@ class Param(NamedTuple):
 def words(entries: int) -> int:
     """How many 32-bit words hold this many +-1 entries."""
     return -(-entries // 32)
+
+
+def frozen(name: str, part: str) -> bool:
+    """Does this part, like emb, att or att.w*, name this parameter?"""
+    return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,16 +378,17 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
     D, H, N = cfg.dim, cfg.dim // cfg.head_size, cfg.head_size
     P, T = tokens.shape
 
-    def low_rank(name: str) -> tuple[np.ndarray, np.ndarray]:
-        """C A [P, R, out] and B [P, R, cols] as float32."""
-        assert noise
+    def low_rank(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """C A [P, out] and B [P, cols] of each rank as float32; none without noise."""
+        if not noise or cfg.params[name].word < 0:
+            return []
         A, B = factors(cfg, cfg.params[name], noise.keys, noise.rank)
-        return noise.c[:, None, None] * A.astype(F32), B.astype(F32)
+        return [(noise.c[:, None] * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(noise.rank)]
 
     def vec(name: str) -> np.ndarray:
         """A vector parameter of each member, float32 [P or 1, 1, D]."""
         q = model.weight(name).astype(F32)[None]
-        for cA in low_rank(name)[0].swapaxes(0, 1) if noise else ():
+        for cA, _ in low_rank(name):
             q = q + cA
         return (q * model.scales(name))[:, None]
 
@@ -381,11 +399,8 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
         # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
         exact = F32 if W.shape[1] * 127 * 127 < 2**24 else np.float64
         y = (q.astype(exact) @ W.T.astype(exact)).astype(F32)
-        if noise:
-            cA, B = low_rank(name)
-            xB = (q.astype(exact) @ B.transpose(0, 2, 1).astype(exact)).astype(F32)
-            for k in range(noise.rank):
-                y = y + xB[:, :, k, None] * cA[:, None, k]
+        for cA, B in low_rank(name):
+            y = y + (q.astype(exact) @ B[..., None].astype(exact)).astype(F32) * cA[:, None]
         return y * model.scales(name) * sx[..., None]
 
     def layer_norm(name: str, x: np.ndarray) -> np.ndarray:
@@ -433,10 +448,8 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
         return linear(f"{n}.value.weight", k * k)
 
     x = model.weight("emb.weight")[tokens].astype(F32)
-    if noise:
-        cA, B = low_rank("emb.weight")
-        for k in range(noise.rank):
-            x = x + cA[np.arange(P)[:, None], k, tokens][..., None] * B[:, None, k]
+    for cA, B in low_rank("emb.weight"):
+        x = x + cA[np.arange(P)[:, None], tokens][..., None] * B[:, None]
     x = layer_norm("blocks.0.ln0", x * model.scales("emb.weight")[tokens][..., None])
     v_first = None
     for layer in range(cfg.layers):
@@ -455,6 +468,19 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     logits = (logits - logits.max(-1, keepdims=True)) * LOG2E
     bits = log2(ordered_sum(exp2(logits))) - np.take_along_axis(logits, target[..., None].astype(np.int64), -1)[..., 0]
     return np.rint(np.minimum(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
+
+
+def choose(logits: np.ndarray, keys: tuple[np.ndarray, np.ndarray], word: int, temperature: float) -> np.ndarray:
+    """The next token, int64 [P], for logits [P, V]: the likeliest or, at a temperature, a draw from the softmax.
+
+    Gumbel-max: the largest of logit / temperature + Gumbel noise is such a draw. The noise is -log2(-log2 u) of uniform
+    u from words `word`, ... of the members' streams; a pair shares it, so its members differ by their weights alone.
+    """
+    if temperature:
+        h = noise_words(keys, word + np.arange(logits.shape[1]))
+        u = ((h >> np.uint32(9)).astype(F32) + F32(0.5)) * F32(2**-23)
+        logits = logits * (LOG2E / F32(temperature)) - log2(-log2(u))
+    return logits.argmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +544,8 @@ typedef long long i64;
   #define splat(x) (x)
   #define isplat(x) (x)
   #define LANE_OF(v, l) __shfl_sync(~0u, v, l)    // of a register, asked for by all lanes
+  #define MORE(a, b) (-((a) > (b)))               // lane by lane, all bits or none
+  #define ALL(x) __all_sync(~0u, x)
   #define AT(v, l) (v)                            // lane l of a register, in FOR_LANE(l)
   #define AS_I(x) __float_as_int(x)
   #define AS_F(x) __int_as_float(x)
@@ -615,6 +643,8 @@ typedef long long i64;
   #define UNROLL _Pragma("GCC unroll 16")
   #define UNROLL_2 UNROLL
   #define I2F(x) __builtin_convertvector(x, vf)
+  #define MORE(a, b) ((vi)((a) > (b)))
+  #define ALL(x) all(&(x))
   #define splat(x) ((x) - (vf){0})
   #define isplat(x) ((x) + (vi){0})
   #define AT(v, l) (v)[l]
@@ -622,6 +652,11 @@ typedef long long i64;
   #define AS_F(x) ((vf)(x))
   #define ADD(p, x) (*(p) += (x))
   #define RINT(x) __builtin_rintf(x)
+  INLINE int all(const vi *x) {
+    int y = -1;
+    for (int l = 0; l < LANES; l++) y &= (*x)[l];
+    return y;
+  }
   INLINE vf before(const float *x, float carry) {  // shifted by one lane
     vf y;
     memcpy(&y, x - 1, sizeof y);
@@ -761,7 +796,7 @@ typedef struct ALIGNED {                          // what a task touches less of
 #if NAIVE
   i8 packed[PACKED];                              // the member's own weights
 #endif
-  float state[L * STATE];
+  float state[(BATCH ? LANES : 1) * L * STATE];
   Fast fast;
 } Task;
 
@@ -770,7 +805,7 @@ typedef struct {
   const float *scale;
   Fast *s;
   Task *g;
-  float *state;                                   // of lane 0; with BATCH the next lane's is L * STATE further
+  float *state;                                   // with BATCH of lane 0, and the next lane's is L * STATE further
   vf c;                                           // sigma / sqrt(R), or minus that
   vu k0, k1;                                      // keys of the pair's noise
   int rank, lanes;                                // R or, without noise, 0; lanes in use
@@ -778,6 +813,7 @@ typedef struct {
   int turn, dealt;                                // of s->part; how many tiles have been dealt out to warps
 } Model;
 
+#define NOISY(t) (m->rank && (t).word >= 0)       // is this parameter perturbed?
 #define FIRST_VECTOR(l) (TABLE[GLOBALS + (l) * KINDS].vec / D)  // of layer l, of which the first kind is a vector
 #define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
 #define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
@@ -820,17 +856,17 @@ FUNCTION void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, 
   EACH(i, (n + 15) / 16) {
     const int word = t.word + WORDS_OF(t.out);
     vu h[R];
-    if (m->rank && !STORED) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, word + i / 2);
+    if (NOISY(t) && !STORED) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, word + i / 2);
     UNROLL_2 for (int j = 4 * i; j < 4 * i + 4; j++) {
       vi code = isplat(0);
       UNROLL for (int b = 0; b < 4; b++)
         if (4 * j + b < n) code |= (AS_I(TERM(4 * j + b) * inv + MAGIC) & 255) << 8 * b;
       CODE(in->q, n, j) = code;
       if (BIAS) sum = dot4(sum, code, isplat(0x01010101));
-      if (m->rank) UNROLL for (int k = 0; k < R; k++) p[k] = dot4(p[k], code, FOUR(k, word, j, h[k]));
+      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) p[k] = dot4(p[k], code, FOUR(k, word, j, h[k]));
     }
   }
-  if (m->rank) UNROLL for (int k = 0; k < R; k++) ADD(&Q(in->p, k), p[k] - sum * BIAS);
+  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) ADD(&Q(in->p, k), p[k] - sum * BIAS);
   EACH(i, 1) V(in->sx, 0) = top * (1.0f / 127);
   EACH(i, 1) Q(in->start, 0) = sum * -BIAS;
 }
@@ -875,7 +911,7 @@ PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int row
       const float scale = row < t.out ? FETCH(m->scale + t.row + row) : 0;
       float z[8];
       UNROLL for (int j = 0; j < 8; j++) z[j] = I2F(acc[j % 4][2 * half + j / 4]);
-      if (m->rank) UNROLL for (int k = 0; k < R; k++) {
+      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
         const u32 h = noise(m, k, t.word + o / 32);
         UNROLL for (int j = 0; j < 8; j++) {
           const int lane = LANE % 4 * 8 + j;
@@ -938,7 +974,7 @@ INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Te
   dot_rows(acc, n, in->q, (cols + 3) / 4, m->packed + t.pack + o * cols, cols);
   vf z[ROWS];
   UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
-  if (m->rank) UNROLL for (int k = 0; k < R; k++) {
+  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
   #if STORED
     const int *sign = m->s->minus + COLUMN(k, t.word) + o;
     UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ sign[j]);
@@ -955,7 +991,7 @@ INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Te
 INLINE void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
   const Input *in = (const Input *)input;
   vf xb[R];
-  if (m->rank) UNROLL for (int k = 0; k < R; k++) xb[k] = m->c * I2F(Q(in->p, k));
+  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) xb[k] = m->c * I2F(Q(in->p, k));
   int o = 0;
   for (; o + ROWS <= rows; o += ROWS) matmul_rows(y + o, m, in, xb, t, first + o, ROWS, cols);
   for (; o < rows; o++) matmul_rows(y + o, m, in, xb, t, first + o, 1, cols);
@@ -1129,10 +1165,10 @@ FUNCTION void vectors(Model *m, int first, int last) {
 #if BATCH
     for (int w = 0; w < WORDS_OF(D); w++) {
       vu h[R];
-      if (m->rank) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, t.word + w);
+      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, t.word + w);
       for (int o = 32 * w; o < 32 * w + 32 && o < D; o++) {
         vf q = splat((float)FETCH(m->w + t.at + o));
-        if (m->rank) UNROLL for (int k = 0; k < R; k++) q = q + AS_F(AS_I(m->c) ^ minus(h[k], o % 32));
+        if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) q = q + AS_F(AS_I(m->c) ^ minus(h[k], o % 32));
         PARAM(t, o) = q * FETCH(m->scale + t.row + o);
       }
     }
@@ -1141,7 +1177,7 @@ FUNCTION void vectors(Model *m, int first, int last) {
     const float c = AT(m->c, 0);
     SPREAD(o, D) {
       float q = FETCH(m->w + t.at + o);
-      if (m->rank) for (int k = 0; k < R; k++)
+      if (NOISY(t)) for (int k = 0; k < R; k++)
         q = q + (noise_word(k0, k1, k * WORDS + t.word + o / 32) >> o % 32 & 1 ? c : -c);
       PARAM(t, o) = q * FETCH(m->scale + t.row + o);
     }
@@ -1177,12 +1213,44 @@ INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
 #endif
 }
 
+#if BATCH
+// `choose` in Python: the token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0
+FUNCTION vi choose(Model *m, float heat, int at) {
+  #define PICK(mask, a, b) (((a) & (mask)) | ((b) & ~(mask)))
+  vf best = splat(-3e38f);
+  vi found = isplat(0);
+  EACH(v, VOCAB) {
+    vf z = V(m->g->logits, v);
+    if (heat != 0)
+      z = z * heat - log2_(-log2_((I2F((vi)(noise(m, R, at * VOCAB + v) >> 9)) + 0.5f) * (1.0f / 8388608)));
+    const vi more = MORE(z, best);
+    best = AS_F(PICK(more, AS_I(z), AS_I(best)));
+    found = PICK(more, isplat(v), found);
+  }
+#ifdef __CUDACC__  // of what the warps have found, the best and, of equals, the first
+  FAST(Fast, s, m->s);
+  SYNC;
+  s->part[0][WARP][LANE] = best;
+  s->part[1][WARP][LANE] = I2F(found);
+  SYNC;
+  for (int w = 0; w < WARPS; w++) {
+    const float z = s->part[0][w][LANE];
+    const int v = (int)s->part[1][w][LANE];
+    if (z > best || (z == best && v < found)) best = z, found = v;
+  }
+  SYNC;
+#endif
+  return found;
+}
+#endif
+
 // Runs `members` members over T tokens: member i reads text[start[i]]..., and adds what it costs to predict each next
 // token to score[i], in 1/4096 bit. w and packed: weights row by row and as `pack` leaves them. state (float
-// [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null, but BATCH needs state.
-KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned short *text, const i64 *start, int T,
+// [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null. With BATCH they are not used, and only the
+// first given[i] tokens are there to read: member i writes what follows, up to the token `stop`.
+KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
              int members, u32 seed, u32 step, float c, int *score, float *state, float *logits,
-             int first, int last, void *scratch) {
+             const int *given, float heat, int stop, int first, int last, void *scratch) {
   Task *g = SLOT(scratch, Task);
   FAST(Fast, s, &g->fast);
   Model model = {w, packed, scale, s, g}, *m = &model;
@@ -1195,9 +1263,11 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
     m->packed = packed;
     m->rank = c != 0 ? R : 0;
     perturb(m, seed, step, member, c);
-    m->state = state ? state + (i64)member * (L * STATE) : g->state;
-    if (!state) FLAT(i, L * STATE) g->state[i] = 0;
+    m->state = BATCH || !state ? g->state : state + (i64)member * (L * STATE);
+    if (m->state == g->state) FLAT(i, (BATCH ? LANES : 1) * L * STATE) g->state[i] = 0;
     if (STORED) vectors(m, 0, VECTORS);
+    vi done = isplat(0);                          // lanes that have written `stop`, or are not there
+    if (BATCH) FOR_LANE(t) AT(done, t) = member + t < members ? 0 : -1;
     for (int t0 = 0; t0 < T; t0 += BATCH ? 1 : LANES) {
       const int left = BATCH ? members - member : T - t0;
       m->lanes = left < LANES ? left : LANES;
@@ -1214,7 +1284,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
           for (int k = 0; k < R; k++) b[k] = noise_word(k0, k1, k * WORDS + e.word + WORDS_OF(VOCAB) + i);
           for (int d = 32 * i; d < 32 * i + 32 && d < D; d++) {
             float z = FETCH(w + e.at + token * D + d);
-            if (m->rank) for (int k = 0; k < R; k++) z = z + (b[k] >> d % 32 & 1 ? a[k] : -a[k]);
+            if (NOISY(e)) for (int k = 0; k < R; k++) z = z + (b[k] >> d % 32 & 1 ? a[k] : -a[k]);
             x[d][t] = z * FETCH(scale + e.row + token);
           }
         }
@@ -1233,15 +1303,26 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, const unsigned s
       SYNC;
       matmul(g->logits, m, s->in_r, TABLE[HEAD_WEIGHT], 0, VOCAB, D);
       SYNC;
-      if (logits) EACH(t, m->lanes) SPREAD(v, VOCAB)
-        logits[(BATCH ? (i64)(member + t) * T + t0 : (i64)member * T + t0 + t) * VOCAB + v] = g->logits[v][t];
+#if BATCH
+      const vi next = choose(m, heat, t0);
+      vi own = done;                              // lanes that write this token
+      FOR_LANE(t) AT(own, t) = !AT(done, t) && given[member + t] <= t0 + 1;
+      EACH(i, 1) FOR_LANE(t) if (AT(own, t)) text[start[member + t] + t0 + 1] = AT(next, t);
+      SYNC;
+#else
+      if (logits) EACH(t, m->lanes) SPREAD(v, VOCAB) logits[((i64)member * T + t0 + t) * VOCAB + v] = g->logits[v][t];
+#endif
       TOP_ALL(-3e38f, top, v, VOCAB, V(g->logits, v))
       SUM_ALL(total, v, VOCAB, exp2_((V(g->logits, v) - top) * LOG2E))
       vf target;
       FOR_LANE(t) AT(target, t) = g->logits[t < m->lanes ? READ(t, 1) : 0][t];
       vf bits = log2_(total) - (target - top) * LOG2E;
       vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;
-      EACH(i, 1) FOR_LANE(t) if (t < m->lanes) ADD(&score[BATCH ? member + t : member], AT(cost, t));
+      EACH(i, 1) FOR_LANE(t) if (t < m->lanes && !AT(done, t)) ADD(&score[BATCH ? member + t : member], AT(cost, t));
+#if BATCH
+      FOR_LANE(t) if (AT(own, t) && AT(next, t) == stop) AT(done, t) = -1;
+      if (ALL(done)) break;
+#endif
     }
   }
 }
@@ -1378,9 +1459,10 @@ class Sizes(NamedTuple):
     threads: int  # of a block, on a GPU
 
 
-def update_units(cfg: Config) -> list[tuple[str, int]]:
-    """The tasks of an update: parameter name and first row; a vector is one row."""
-    return [(name, row) for name, p in cfg.params.items() for row in range(0, p.out if p.cols else 1, UNIT)]
+def update_units(cfg: Config) -> list[tuple[Param, int]]:
+    """The tasks of an update: parameter and first row; a vector is one row. Those of frozen parameters come last."""
+    return [(p, row) for p in sorted(cfg.params.values(), key=lambda p: p.word < 0)
+            for row in range(0, p.out if p.cols else 1, UNIT)]
 
 
 def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
@@ -1399,7 +1481,8 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
         rows.append((p.out, p.cols, p.at, p.row, p.word, vec, pack) if p else (0,) * 7)
         vec += p.out if p and not p.cols else 0
         pack += -(-p.out // 16) * -(-p.cols // 64) * 1024 if p else 0  # see PACKED_AT
-    units = [(names.index(name), row) for name, row in update_units(cfg)]
+    number = {name: i for i, name in enumerate(names)}
+    units = [(number[p.name], row) for p, row in update_units(cfg)]
     vectors = [i for i, row in enumerate(rows) if row[0] and not row[1]]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
@@ -1447,25 +1530,51 @@ class NumpyBackend:
         T tokens; noise: (seed, step, sigma), sigma 0 for the model itself. state (see `zero_state`) is carried on when
         given, logits (float32 [P, T, V]) filled.
         """
-        seed, step, sigma = noise
         cost = np.empty(len(start), np.int32)
-        # A generous count of the float32 alive at once: activations of every token, and the noise of every member.
-        each = 4 * (40 * tokens * max(self.cfg.ffn, self.cfg.vocab) + 64 * self.cfg.sizes[1] + self.cfg.dim**2)
-        chunk = max(1, self.memory // each)
-        for i in range(0, len(start), chunk):
-            part = slice(i, min(i + chunk, len(start)))
-            member = np.arange(part.start, part.stop)
+        for part, member in self.chunks(len(start), tokens):
             read = text[start[part, None] + np.arange(tokens + 1)]
             carried = zero_state(self.cfg, len(member)) if state is None else state[part]
-            out = forward(model, read[:, :-1], carried, member_noise(member, seed, step, sigma, self.rank))
+            out = forward(model, read[:, :-1], carried, member_noise(member, *noise, self.rank))
             cost[part] = loss(out, read[:, 1:]).sum(1)
             if logits is not None:
                 logits[part] = out
         return cost
 
+    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, noise: tuple[int, int, float],
+                 temperature: float, stop: int) -> np.ndarray:
+        """Let every member go on with its own text, token by token, with its state carried along; see `choose`.
+
+        text: uint16 [P, T + 1], of which given[m] tokens (int32 [P], at least 1) are there; member m writes what
+        follows, up to the token `stop` (-1: none). noise: as in `score`. Returns the cost of these tokens, given or
+        not, as `score` does.
+        """
+        total, word = np.zeros(len(text), np.int32), self.rank * self.cfg.sizes[2]  # beyond the noise of the weights
+        for part, member in self.chunks(len(text), 1):
+            read, cost, done = text[part], total[part], np.zeros(len(member), bool)
+            state, perturbed = zero_state(self.cfg, len(member)), member_noise(member, *noise, self.rank)
+            for t in range(text.shape[1] - 1):
+                logits = forward(model, read[:, t:t + 1], state, perturbed)[:, 0]
+                token = choose(logits, pair_keys(*noise[:2], member // 2), word + t * self.cfg.vocab, temperature)
+                own = ~done & (given[part] <= t + 1)
+                read[own, t + 1] = token[own]
+                cost[~done] += loss(logits, read[:, t + 1])[~done]
+                done |= own & (token == stop)
+                if done.all():
+                    break
+        return total
+
+    def chunks(self, members: int, tokens: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Members that are run at once."""
+        # A generous count of the float32 alive at once: activations of every token, and the noise of every member.
+        each = 4 * (40 * tokens * max(self.cfg.ffn, self.cfg.vocab) + 64 * self.cfg.sizes[1] + self.cfg.dim**2)
+        chunk = max(1, self.memory // each)
+        for i in range(0, members, chunk):
+            part = slice(i, min(i + chunk, members))
+            yield part, np.arange(part.start, part.stop)
+
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps)."""
-        for p in self.cfg.params.values():
+        for p in (p for p in self.cfg.params.values() if p.word >= 0):
             Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
             for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
                 part = f[i:i + 256]
@@ -1490,7 +1599,7 @@ class KernelBackend:
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
-        self.units, self.launchers = len(update_units(cfg)), dict[str, tuple[Any, Any]]()
+        self.units, self.launchers = update_units(cfg), dict[str, tuple[Any, Any]]()
         self.xp = self.launcher("score")[0].xp
 
     def launcher(self, mode: str) -> tuple[Any, Any]:
@@ -1501,21 +1610,34 @@ class KernelBackend:
         return self.launchers[mode]
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None, mode: str = "") -> np.ndarray:
-        """See NumpyBackend. One token of several members runs in mode "generate", all else in "score"."""
+              state: np.ndarray | None = None, logits: np.ndarray | None = None, mode: str = "score") -> np.ndarray:
+        """See NumpyBackend; mode: see `kernel_source`."""
+        return self.run(mode, model, text, start, tokens, noise, state, logits, None, F32(0), np.int32(-1))
+
+    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, noise: tuple[int, int, float],
+                 temperature: float, stop: int) -> np.ndarray:
+        """See NumpyBackend."""
+        heat = LOG2E / F32(temperature) if temperature else F32(0)
+        start = np.arange(len(text)) * text.shape[1]
+        return self.run("generate", model, text, start, text.shape[1] - 1, noise, None, None, given, heat,
+                        np.int32(stop))
+
+    def run(self, mode: str, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
+            noise: tuple[int, int, float], *rest: Any) -> np.ndarray:
+        """Launch `score` in a mode; rest: its arguments from `state` on."""
         seed, step, sigma = noise
-        generate = tokens == 1 and len(start) > 1 and state is not None
-        launch, packed = self.launcher(mode or ("generate" if generate else "score"))
+        launch, packed = self.launcher(mode)
         cost = np.zeros(len(start), np.int32)
-        launch("pack", self.units, (model.q, packed), [packed])
+        launch("pack", len(self.units), (model.q, packed), [packed])
         launch("score", -(-len(start) // launch.sizes.members), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
-            np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits), [cost, state, logits])
+            np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
+            [cost, *rest[:2], *([text] if mode == "generate" else [])])
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """See NumpyBackend."""
-        self.launcher("score")[0]("update", self.units, (
+        self.launcher("score")[0]("update", sum(p.word >= 0 for p, _ in self.units), (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
@@ -1718,50 +1840,158 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
-    """Differences within pairs, int [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
+    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
     rms = math.sqrt(math.fsum((d.astype(float) ** 2).tolist()) / len(d))  # fsum: exact, so the same everywhere
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
-def es_step(model: Model, backend: Backend, text: np.ndarray, es: ES) -> float:
-    """One step of EGGROLL (algorithm 1 of the paper): changes the model, returns the population's mean bits per token.
+class Members(NamedTuple):
+    """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
 
-    text: uint16 [n], n > T. The update is Z = sum_i f_i A_i B_i^T over the pairs; Z / (|f| sqrt(R)) has unit variance
-    where there is no signal, so the learning rate is the size of a move in int8 steps.
+    Members 2i and 2i + 1 are a pair, of which one is to be found better, so give both the same to do.
     """
-    pairs = np.arange(es.population // 2)
-    start = np.repeat(segments(text, es.tokens, es.seed, model.step, pairs), 2)
-    cost = backend.score(model, text, start, es.tokens, (es.seed, model.step, es.sigma))
-    f = shape_fitness(cost[1::2] - cost[::2])
+
+    model: Model
+    backend: Backend
+    size: int  # P
+    noise: tuple[int, int, float]  # seed, step, sigma
+
+    def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
+        """Bits/4096 that it costs member m to predict the T tokens after text[start[m]] (uint16), int32 [P]."""
+        return self.backend.score(self.model, text, start, tokens, self.noise)
+
+    def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
+               temperature: float = 0.0) -> list[np.ndarray]:
+        """What each member writes after its prompt: at most `length` tokens, and none from the token `stop` on.
+
+        prompts: P lists of one token or more. Temperature 0 takes the likeliest token.
+        """
+        given = np.array([len(p) for p in prompts], np.int32)
+        text = np.full((len(given), given.max() + length), max(stop, 0), np.uint16)
+        if not given.all() or text.shape[1] > 8192:
+            raise UserError("a prompt has no token, or over 8,192 with its answer: give others, or less --length")
+        for row, prompt in zip(text, prompts, strict=True):
+            row[:len(prompt)] = prompt
+        self.backend.generate(self.model, text, given, self.noise, temperature, stop)
+        ends = ((text == stop) & (np.arange(text.shape[1]) >= given[:, None]))
+        ends = np.where(ends.any(1), ends.argmax(1), text.shape[1])
+        return [row[n:min(n + length, end)] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
+
+
+def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members], ArrayLike]) -> np.ndarray:
+    """One step of EGGROLL (algorithm 1 of the paper): changes the model, returns the members' fitness, float64 [P].
+
+    The update is Z = sum_i f_i A_i B_i^T over the pairs; Z / (|f| sqrt(R)) has unit variance where there is no signal,
+    so the learning rate is the size of a move in int8 steps. A pair whose fitness is not finite counts as equal.
+    """
+    found = np.asarray(fitness(Members(model, backend, es.population, (es.seed, model.step, es.sigma))), np.float64)
+    if found.shape != (es.population,):
+        raise UserError(f"the fitness has the shape {list(found.shape)}: return one number for each of the "
+                        f"{es.population} members")
+    with np.errstate(invalid="ignore"):
+        d = found[::2] - found[1::2]
+    f = shape_fitness(np.where(np.isfinite(d), d, 0))
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
     if norm:
         backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
     model.step += 1
-    return float(cost.mean(dtype=np.float64)) / (BITS * es.tokens)
+    return found
+
+
+def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
+           report: Callable[[np.ndarray], Any] = lambda found: None) -> None:
+    """Train a model for anything that can be scored, from model.step to es.steps.
+
+    fitness(members) returns P numbers, the more the better; report gets them after each step and ends the run by
+    returning something true.
+    """
+    backend = backend or make_backend(None, model.cfg, es.rank)
+    model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)  # to where the work is
+    while model.step < es.steps and not report(es_step(model, backend, es, fitness)):
+        pass
+    model.q, model.residual = host(model.q), host(model.residual)
+
+
+def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
+    """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
+    def fitness(members: Members) -> np.ndarray:
+        seed, step, _ = members.noise
+        start = segments(text, tokens, seed, step, np.arange(members.size // 2))
+        return -members.cost(text, np.repeat(start, 2), tokens)
+    return fitness
 
 
 # =====================================================================================================================
-# The method ends here. What follows loads text, trains, saves, samples and reads the command line.
+# The method ends here. What follows: text, yardsticks, files of models, problems and rewards, training, command line.
 
 
-def load_text(path: Path, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training text and validation text (the last 10%) of a file, uint16 bytes, read-only; raises UserError."""
+class Vocab:
+    """Tokens and their bytes: each byte is one or, with a file, as the RWKV World models have them."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Read lines of the form: id 'Python literal' length-in-bytes. Raises UserError."""
+        self.bytes = dict(enumerate(bytes([i]) for i in range(256)))  # of each token
+        if path:
+            try:
+                self.bytes = {}
+                for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+                    name, rest = line.split(" ", 1)
+                    literal, size = rest.rsplit(" ", 1)
+                    token = ast.literal_eval(literal)
+                    token = token.encode() if isinstance(token, str) else bytes(token)
+                    if len(token) != int(size) or not 0 <= int(name) < 65536 or int(name) in self.bytes or not token:
+                        raise ValueError(f"line {number} is {line[:40]!r}")
+                    self.bytes[int(name)] = token
+                for byte in range(256):
+                    if bytes([byte]) not in self.bytes.values():
+                        raise ValueError(f"no token is the byte {byte}")
+            except OSError as e:
+                raise UserError(f"cannot read {path} ({e.strerror}): give rwkv_vocab_v20230424.txt, which is in the "
+                                "PyPI package rwkv") from None
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
+                raise UserError(f"{path} is no vocabulary ({e}): use rwkv_vocab_v20230424.txt of the PyPI package rwkv"
+                                ) from None
+        self.id = {token: i for i, token in self.bytes.items()}
+        self.size = -(-(max(self.bytes) + 1) // 64) * 64  # V; the World models have 65,536
+        self.end = 0 if path else ord("\n")  # ends an answer; the World models' end of text
+        self.lengths: dict[bytes, list[int]] = {}  # of the tokens that start with these two bytes, longest first
+        for token in sorted(self.id, key=len, reverse=True):
+            if len(token) not in (known := self.lengths.setdefault(token[:2], [])):
+                known.append(len(token))
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Tokens of a text, uint16: always the longest that fits."""
+        if len(self.bytes) == 256:
+            return np.frombuffer(text, np.uint8).astype(np.uint16)
+        found, at = [], 0
+        while at < len(text):
+            for n in (*self.lengths.get(text[at:at + 2], ()), 1):
+                token = text[at:at + n]
+                if token in self.id:
+                    break
+            found.append(self.id[token])
+            at += len(token)
+        return np.array(found, np.uint16)
+
+    def decode(self, tokens: np.ndarray) -> bytes:
+        """The bytes of tokens; numbers that are no token have none."""
+        return b"".join(self.bytes.get(i, b"") for i in tokens.tolist())
+
+
+def read_text(path: Path) -> tuple[bytes, bytes]:
+    """Training text and validation text (the last 10%) of a file; raises UserError."""
     if path.is_dir():
         raise UserError(f"{path} is a directory: give a file, for example one made by: cat {path}/*.txt > all.txt")
     try:
-        data = np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16)
+        data = path.read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give the path of a text file with --data") from None
-    cut = len(data) * 9 // 10
-    if len(data) - cut <= tokens:
-        raise UserError(f"{path} has {len(data)} bytes, too short for --tokens {tokens}, which its last 10% must hold: "
-                        f"use at least {10 * tokens + 10} bytes or fewer tokens")
-    data.setflags(write=False)
-    return data[:cut], data[cut:]
+    return data[:len(data) * 9 // 10], data[len(data) * 9 // 10:]
 
 
-def yardsticks(path: Path, train: np.ndarray, val: np.ndarray) -> dict[str, float]:
+def yardsticks(path: Path, text: bytes, val_text: bytes) -> dict[str, float]:
     """What simple models reach on this text, bits/byte of the validation part (counts are from the training part)."""
+    train, val = np.frombuffer(text, np.uint8), np.frombuffer(val_text, np.uint8)
     counts = np.zeros((256, 256))
     np.add.at(counts, (train[:-1], train[1:]), 1)
     seen = max(1, (counts.sum(0) > 0).sum())
@@ -1770,9 +2000,8 @@ def yardsticks(path: Path, train: np.ndarray, val: np.ndarray) -> dict[str, floa
         table = (table + 0.5) / (table.sum(-1, keepdims=True) + 0.5 * seen)  # add half, over the bytes that occur
         return float(-np.log2(table[at]).mean())
 
-    text = np.concatenate([train, val]).astype(np.uint8).tobytes()
     found = {"uniform": 8.0, "unigram": bits(counts.sum(0), (val[1:],)), "bigram": bits(counts, (val[:-1], val[1:])),
-             "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text)}
+             "gzip -9": 8 * len(gzip.compress(text + val_text, 9)) / len(text + val_text)}
     entropy = path.with_suffix(".entropy")  # written by the generator of the built-in text
     if path == DATA and entropy.exists():
         found["true entropy"] = float(entropy.read_text())
@@ -1838,7 +2067,7 @@ def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
 
     Interprets just the opcodes that tensors need. What the file names is never imported or called: it is known or refused.
     """
-    known = {"collections OrderedDict": dict, "torch._utils _rebuild_tensor_v2": tensor,
+    known: dict[str, Callable[..., Any]] = {"collections OrderedDict": dict, "torch._utils _rebuild_tensor_v2": tensor,
              "torch._utils _rebuild_parameter": lambda data, *_: data}
     stack: list[Any] = []
     marks: list[int] = []
@@ -1872,7 +2101,7 @@ def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
             case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 memo[len(memo) if arg is None else arg] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
+                stack.append(memo[int(arg or 0)])
             case "GLOBAL" | "STACK_GLOBAL":
                 name = arg or " ".join(pop(2))
                 if name not in known and name not in DTYPES:
@@ -1962,7 +2191,7 @@ def official_config(tensors: dict[str, Stored]) -> Config:
     last = f"blocks.{layers - 1}."
     (V, D), (_, N), (F, _) = (tensors[n].shape for n in ("emb.weight", last + "att.r_k", last + "ffn.key.weight"))
     lora = [tensors[last + f"att.{n}1"].shape[1] if n != "v" or layers > 1 else 1 for n in LORA]
-    return Config(D, layers, N, V, F, tuple(lora))
+    return Config(D, layers, N, V, F, (lora[0], lora[1], lora[2], lora[3]))
 
 
 # Where the input of some matrices can be scaled, channel by channel: in the rows of what makes it (of a vector, its
@@ -2039,29 +2268,190 @@ def load_official(path: Path) -> Model:
 
 
 def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int) -> float:
-    """Bits per token of a text, in segments of T tokens, each from state zero."""
+    """Bits that it takes to predict a text (all its tokens but the first), in segments of T tokens from state zero."""
     whole = np.arange(0, len(text) - tokens, tokens)
     rest = (len(text) - 1) % tokens
     total = int(backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64))
     if rest:
         total += int(backend.score(model, text, np.array([len(text) - 1 - rest]), rest, (0, 0, 0.0))[0])
-    return total / (BITS * (len(text) - 1))
+    return total / BITS
 
 
-def generate(model: Model, backend: Backend, prompt: bytes, length: int, seed: int,
-             temperature: float = 0.7) -> Iterator[bytes]:
-    """The model's continuation of a prompt, byte by byte."""
-    state, read = zero_state(model.cfg, 1), np.frombuffer(prompt or b"\n", np.uint8).astype(np.uint16)
-    for i in range(length):
-        logits = np.zeros((1, len(read), model.cfg.vocab), F32)
-        text = np.append(read, np.uint16(0))  # what comes next is not known, and its cost not asked for
-        backend.score(model, text, np.zeros(1, np.int64), len(read), (0, 0, 0.0), state, logits)
-        last = logits[0, -1] - logits[0, -1].max()
-        p = np.cumsum(exp2(last * (LOG2E / F32(temperature))).astype(float))
-        uniform = int(mix(mix(seed) + np.uint32(i))) / 2**32
-        token = int((p <= p[-1] * uniform).sum())
-        yield bytes([token])
-        read = np.array([token], np.uint16)
+def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, seed: int, temperature: float = 0.7,
+             top_p: float = 1.0) -> Iterator[int]:
+    """The model's continuation of a prompt (uint16 tokens, one or more), token by token; see `choose`.
+
+    top_p: draw from the likeliest tokens only, as few as together have this probability.
+    """
+    state, keys = zero_state(model.cfg, 1), pair_keys(seed, 0, np.zeros(1))
+    for at in range(len(prompt) - 1, len(prompt) - 1 + length):
+        logits = np.zeros((1, len(prompt), model.cfg.vocab), F32)
+        text = np.append(prompt, np.uint16(0))  # what comes next is not known, and its cost not asked for
+        backend.score(model, text, np.zeros(1, np.int64), len(prompt), (0, 0, 0.0), state, logits)
+        last = logits[:, -1]
+        if temperature and top_p < 1:
+            order = np.argsort(-last[0], kind="stable")
+            p = exp2((last[0, order] - last[0, order[0]]) * (LOG2E / F32(temperature))).astype(float)
+            last[0, order[1:][np.cumsum(p)[:-1] >= top_p * p.sum()]] = -np.inf
+        token = int(choose(last, keys, backend.rank * model.cfg.sizes[2] + at * model.cfg.vocab, temperature)[0])
+        yield token
+        prompt = np.array([token], np.uint16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems with answers that a function can check
+
+
+class Problem(NamedTuple):
+    """Something to ask, and what a reward function needs to score a completion."""
+
+    prompt: str
+    answer: Any
+
+
+def sums() -> tuple[list[Problem], list[Problem]]:
+    """All additions of two numbers below 100: those to train on and, held out, one in ten."""
+    both = [Problem(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
+    out = mix(mix(np.arange(len(both)))) % 10 == 0
+    return [p for p, o in zip(both, out, strict=True) if not o], [p for p, o in zip(both, out, strict=True) if o]
+
+
+def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
+    """Problems of a file of JSON lines {"prompt": ..., "answer": ...}: to train on and, held out, the last 10%.
+
+    A prompt that is held out is not trained on, if it comes twice. Raises UserError.
+    """
+    problems = []
+    try:
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            if line.strip():
+                p = json.loads(line)
+                if not isinstance(p, dict) or not isinstance(p.get("prompt"), str) or "answer" not in p:
+                    raise ValueError(f"line {number}")
+                problems.append(Problem(p["prompt"], p["answer"]))
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give --task text, sums or a file of problems") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path} is not a file of problems ({e}): write one {{"prompt": "...", "answer": ...}} a line'
+                        ) from None
+    held = problems[len(problems) * 9 // 10:]
+    asked = {p.prompt for p in held}
+    train = [p for p in problems if p.prompt not in asked]
+    if not train:
+        raise UserError(f"{path} has too few problems: give at least two different ones")
+    return train, held
+
+
+def digits(prompt: str, completion: str, answer: str) -> float:
+    """1 for the exact answer, else up to 1/2: the share of its characters that are in their place."""
+    right = sum(a == b for a, b in zip(completion, answer))  # noqa: B905 (they may differ in length)
+    return 1.0 if completion == answer else 0.5 * right / max(len(answer), len(completion), 1)
+
+
+def exact(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the completion is the answer, but for spaces around them."""
+    return float(completion.strip() == str(answer).strip())
+
+
+def number(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the last number of the completion is the last of the answer, as GSM8K is scored."""
+    got, want = ([float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", str(text))][-1:]
+                 for text in (completion, answer))
+    return float(bool(got) and got == want)
+
+
+def contains(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the answer is in the completion."""
+    return float(str(answer) in completion)
+
+
+def countdown(prompt: str, completion: str, answer: Any) -> float:
+    """1 if the first line is an expression of + - * / that makes answer["target"] of answer["numbers"], each used once.
+
+    What comes after a = does not count, nor do spaces, and <answer> tags may surround the expression.
+    """
+    def value(node: ast.expr) -> Fraction:
+        match node:
+            case ast.Constant(int(n)) if type(n) is int:
+                left.remove(n)
+                return Fraction(n)
+            case ast.BinOp(a, op, b):
+                x, y = value(a), value(b)
+                return {ast.Add: x.__add__, ast.Sub: x.__sub__, ast.Mult: x.__mul__, ast.Div: x.__truediv__}[type(op)](y)
+        raise ValueError
+
+    left = list(answer["numbers"])
+    text = (completion.split("<answer>")[-1].split("</answer>")[0].strip().splitlines() or [""])[0].split("=")[0].strip()
+    try:
+        return float(len(text) < 200 and value(ast.parse(text, mode="eval").body) == answer["target"] and not left)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
+        return 0.0
+
+
+Reward = Callable[[str, str, Any], float]
+REWARDS: dict[str, Reward] = {f.__name__: f for f in (exact, number, contains, countdown, digits)}
+
+
+def reward_function(name: str) -> Reward:
+    """One of REWARDS, or a function of the user's, module:function, from the current directory; raises UserError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    module, _, function = name.partition(":")
+    try:
+        sys.path.insert(0, os.getcwd())
+        return getattr(importlib.import_module(module), function)
+    except Exception as e:  # noqa: BLE001 (the module may raise anything)
+        raise UserError(f"--reward {name} cannot be had ({type(e).__name__}: {e}): give {', '.join(REWARDS)}, or "
+                        "module:function for reward(prompt, completion, answer) in module.py here") from None
+    finally:
+        sys.path.pop(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass
+class Task:
+    """What a run trains for."""
+
+    fitness: Callable[[Members], ArrayLike]
+    validate: Callable[[Model, Backend], float]
+    shown: Callable[[float], float]  # a mean fitness as the figure that is shown
+    unit: str  # of both figures
+    columns: str  # their names in log.csv
+    tokens: int  # that a member reads and writes in a step, at most
+
+
+def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int) -> Task:
+    """To predict a text; raises UserError where it is too short."""
+    train, val = vocab.encode(text), vocab.encode(val_text)
+    if min(len(val), len(train)) <= tokens:
+        raise UserError(f"the data has {len(text + val_text)} bytes, too few for --tokens {tokens}, which its last 10% "
+                        "must hold: use a longer text or fewer tokens")
+    for a in train, val:
+        a.setflags(write=False)
+    size = len(val_text) - len(vocab.bytes[int(val[0])])
+    return Task(predict(train, tokens), lambda model, backend: evaluate(model, backend, val, tokens) / size,
+                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits", tokens)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How problems are asked and answered."""
+
+    task: str = "text"  # text to predict, sums, or a file of problems
+    reward: str = ""  # of REWARDS or module:function; by default digits for sums, exact for others
+    group_size: int = 2  # members who get the same problem
+    length: int = 0  # tokens of an answer, at most; by default 4 for sums, 256 for others
+    temperature: float = 0.0
+    stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"--temperature {self.temperature} is out of range: choose 0 to 100")
+        if self.length < 0:
+            raise UserError(f"--length {self.length} is out of range: choose 1 or more")
 
 
 def cuda_device() -> str:
@@ -2102,12 +2492,7 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
     return NumpyBackend(cfg, rank)
 
 
-def hold(model: Model, backend: Backend) -> None:
-    """Move the weights to where the backend works, so that a step need not copy them."""
-    model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)
-
-
-def plot(out: Path, marks: dict[str, float]) -> None:
+def plot(out: Path, marks: dict[str, float], task: Task) -> None:
     """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
     import matplotlib
 
@@ -2118,57 +2503,107 @@ def plot(out: Path, marks: dict[str, float]) -> None:
         rows = list(csv.DictReader(f))
     fig, ax = plt.subplots(figsize=(8, 5))
     tokens = [int(r["tokens"]) for r in rows]
-    ax.plot(tokens, [float(r["train_bits"]) for r in rows], color="0.7", label="training (with noise)")
-    ax.plot(tokens, [float(r["val_bits"]) for r in rows], color="C0", label="validation")
+    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation")):
+        ax.plot(tokens, [float(r[column]) for r in rows], color=color, label=label)
     for name, bits in marks.items():
         ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
         ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", fontsize=8, transform=ax.get_yaxis_transform())
-    ax.set(xlabel="tokens read by the population", ylabel="bits per byte", xscale="log", title="nano_eggroll")
+    ax.set(xlabel="tokens read by the population", ylabel=task.unit, xscale="log", title="nano_eggroll")
     ax.legend()
     fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
     print(f"curve {out / 'curve.png'}")
 
 
-def train(model: Model, backend: Backend, es: ES, text: np.ndarray, val: np.ndarray, out: Path) -> float:
-    """Train from model.step to es.steps, return the validation bits/byte.
+def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
+    """To answer problems; validation answers those that are held out, and shows a few; raises UserError."""
+    if ask.group_size < 2 or ask.group_size % 2 or population % ask.group_size:
+        raise UserError(f"--group-size {ask.group_size} does not fit --population {population}: choose an even divisor of it")
+    train, held = sums() if ask.task == "sums" else read_problems(Path(ask.task))
+    held = held[:1000]
+    reward = reward_function(ask.reward or ("digits" if ask.task == "sums" else "exact"))
+    length = ask.length or (4 if ask.task == "sums" else 256)
+    stop = vocab.encode(ask.stop.encode()).tolist() if ask.stop else [vocab.end]
+    if len(stop) != 1:
+        raise UserError(f"--stop {ask.stop!r} is {len(stop)} tokens: give the text of a single one")
+    encoded = {p.prompt: vocab.encode(p.prompt.encode()).tolist() or [vocab.end] for p in train + held}
+
+    def completions(members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
+        found = members.answer([encoded[p.prompt] for p in problems], length, stop[0], temperature)
+        return [vocab.decode(tokens).decode(errors="replace") for tokens in found]
+
+    def rewards(problems: Sequence[Problem], answers: Sequence[str]) -> np.ndarray:
+        found = []
+        for p, answer in zip(problems, answers, strict=True):
+            try:
+                found.append(float(reward(p.prompt, answer, p.answer)))
+            except Exception as e:  # noqa: BLE001 (it may be the user's)
+                raise UserError(f"the reward of prompt {p.prompt[:60]!r}, completion {answer[:60]!r} failed "
+                                f"({type(e).__name__}: {e}): correct the function or the problem's answer") from None
+        return np.array(found)
+
+    def fitness(members: Members) -> np.ndarray:
+        seed, step, _ = members.noise
+        chosen = mix(pair_keys(seed, step, np.arange(members.size // ask.group_size))[0] ^ np.uint32(0x5EED))
+        problems = [train[i] for i in np.repeat(chosen % len(train), ask.group_size).tolist()]
+        return rewards(problems, completions(members, problems, ask.temperature))
+
+    def validate(model: Model, backend: Backend) -> float:
+        members = Members(model, backend, len(held), (0, 0, 0.0))
+        return float((rewards(held, completions(members, held, 0.0)) >= 1).mean())
+
+    return Task(fitness, validate, float, "accuracy", "train_reward,val_accuracy",
+                max(len(encoded[p.prompt]) for p in train) + length)
+
+
+def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> float:
+    """Train from model.step to es.steps, return the figure of the last validation.
 
     log.csv and model.npz go to `out` at every validation, the last step's among them; model.npz also after Ctrl-C.
     """
-    hold(model, backend)
     every = max(1, es.steps // 20)  # steps between validations
     stop: list[int] = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     live = sys.stdout.isatty()
-    began, first, costs, shown = time.perf_counter(), model.step, [], 0.0
-    per_step = es.population * es.tokens
-    val_bits = evaluate(model, backend, val, es.tokens)
+    began, first, figures, shown = time.perf_counter(), model.step, list[float](), 0.0
+    per_step = es.population * task.tokens
+    val = task.validate(model, backend)
+    print(f"step {model.step}: validation {val:.3f} {task.unit}")
     with open(out / "log.csv", "a", buffering=1) as log:
         if not log.tell():
-            log.write("step,seconds,tokens,train_bits,val_bits,tokens_per_s\n")
-        while model.step < es.steps and not stop:
-            costs.append(es_step(model, backend, text, es))
+            log.write(f"step,seconds,tokens,{task.columns},tokens_per_s\n")
+
+        def report(found: np.ndarray) -> object:
+            nonlocal val, shown
+            figures.append(task.shown(float(found[np.isfinite(found)].mean())))
             now = time.perf_counter()
             speed = (model.step - first) * per_step / (now - began)
             validate = model.step % every == 0 or model.step == es.steps
             if validate or (live and now - shown > 0.2):
-                shown, mean = now, sum(costs) / len(costs)
+                shown, mean = now, sum(figures) / len(figures)
                 if validate:
-                    val_bits, costs = evaluate(model, backend, val, es.tokens), []
+                    val = task.validate(model, backend)
+                    figures.clear()
                     log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
-                              f"{mean:.4f},{val_bits:.4f},{speed:.0f}\n")
+                              f"{mean:.4f},{val:.4f},{speed:.0f}\n")
                     save_model(model, out / "model.npz")
                 left = (es.steps - model.step) * per_step / speed
-                line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val_bits:.3f} "
-                        f"bits/byte  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
+                line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} "
+                        f"{task.unit}  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
                 print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    if live:
-        print()
-    if stop:
-        save_model(model, out / "model.npz")
+            return stop
+
+        try:
+            evolve(model, task.fitness, es, backend, report)
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+            if live:
+                print()
+            if model.step < es.steps:
+                save_model(model, out / "model.npz")
+    if model.step < es.steps:
         raise UserError(f"stopped at step {model.step} of {es.steps} and saved: to go on, use --resume --out {out}")
-    return val_bits
+    return val
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2198,12 +2633,11 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     """
     model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
     text.setflags(write=False)
-    hold(model, backend)
-    one = zero_state(cfg, 1)
-    generating = min(es.population, max(2, 2**30 // one.nbytes // 64 * 64))  # with at most 1 GiB of states
-    few = min(generating, max(2 * cores(), es.population // 32))  # naive ES has nothing to share, so a few members do
+    model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)
+    few = min(es.population, max(2 * cores(), es.population // 32))  # naive ES has nothing to share, so a few members do
     start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
-    state, f = backend.xp.zeros((generating, *one.shape[1:]), F32), shape_fitness(np.arange(generating // 2))
+    state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(es.population // 2))
+    answers, given = np.zeros((es.population, T + 1), np.uint16), np.ones(es.population, np.int32)
     ways: dict[str, tuple[Callable[..., object], float]] = {
         "inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
         "EGGROLL whole step": (backend.score, es.sigma),
@@ -2212,15 +2646,17 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     def run(name: str, generate: bool) -> int:
         """One pass over T tokens; returns how many tokens that were."""
         score, sigma = ways[name]
-        members = few if "naive" in name else generating if generate else es.population
+        members = few if "naive" in name else es.population
         if not generate and "step" in name:
-            es_step(model, backend, text, replace(es, steps=2**31))
+            es_step(model, backend, replace(es, steps=2**31), predict(text, T))
         elif not generate:
             score(model, text, start[:members], T, (0, 0, sigma))
-        else:
+        elif "naive" in name:
             state[:] = 0
             for t in range(T):
-                score(model, text, start[:members] + t, 1, (0, 0, sigma), state[:members])
+                score(model, text, start[:members] + t, 1, (0, 0, sigma), state)
+        else:
+            backend.generate(model, answers, given, (0, 0, sigma), 0.0, -1)
             if "step" in name:
                 backend.update(model, f, 0, 0, 1.0)
         if backend.name == "cuda":
@@ -2238,7 +2674,7 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     products = sum(p.size for n, p in cfg.params.items() if p.cols and n != "emb.weight")
     print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} rank {es.rank} population "
           f"{es.population}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
-    print(f"{'tokens/s':28}{'scoring':>45}{f'generation, {generating:,} members':>45}")
+    print(f"{'tokens/s':28}{'scoring':>45}{'generation':>45}")
     low, mid, high = ({key: np.percentile(speed, q) for key, speed in speeds.items()} for q in (25, 50, 75))
     for name in ways:
         print(f"{name:28}" + "".join("{:13,.0f} {:>22} {:7.4f}x".format(
@@ -2273,19 +2709,26 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; options that were not given are None."""
     p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", type=Path, help="text, as bytes; the last 10%% is for validation (data/tales.txt)")
+    p.add_argument("--data", type=Path, help="text; the last 10%% is for validation (data/tales.txt)")
     p.add_argument("--out", type=Path, help="folder for model.npz and log.csv (out, or out-2, ... where that is taken)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
-    p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz")
+    p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz, or an official RWKV-7 .pth or "
+                   ".safetensors")
     p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
     p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
-    for settings, names in (Config(), SHAPE), (ES(), [f.name for f in fields(ES)]):
+    p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, as in rwkv_vocab_v20230424.txt (each byte is one)")
+    p.add_argument("--freeze", metavar="PARTS", help="do not train parameters with these in their names, like emb,att.w*; "
+                   "'' for none (emb,head where a vocabulary has over 256 tokens)")
+    for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
         for name in names:
             value = getattr(settings, name)
-            p.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="N", help=f"{HELP[name]} ({value})")
+            p.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="N" if value != "" else "TEXT",
+                           help=HELP[name] + (f" ({value})" if value else ""))
     p.add_argument("--minutes", type=float, metavar="N", help="choose --steps so that training takes about this long")
     p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
-    p.add_argument("--eval", action="store_true", help="bits/byte of the model of --load on the last 10%% of --data")
+    p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few as "
+                   "together have this probability (1)")
+    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or the accuracy in a task")
     p.add_argument("--bench", action="store_true", help="measure this machine")
     p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
     return p.parse_args(argv)
@@ -2298,8 +2741,19 @@ HELP = {
     "population": "members, an even number", "rank": "rank of the perturbations, 1 to 8",
     "tokens": "length of a segment", "steps": "updates", "sigma": "size of the perturbations, in int8 steps",
     "lr": "learning rate, in int8 steps; 0: from --steps",
-    "seed": "of weights, noise and order of the text",
+    "seed": "of weights, noise, sampling and order of the data",
+    "task": "what to train for: text to predict --data, sums, or a FILE.jsonl of {\"prompt\": ..., \"answer\": ...}",
+    "reward": f"of a task's answers: {', '.join(REWARDS)}, or module:function (digits for sums, else exact)",
+    "group_size": "members who get the same problem, an even number",
+    "length": "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)",
+    "temperature": "of answers, 0 for the likeliest token (0), or of a sample (0.7)",
+    "stop": "the token that ends an answer (newline, or with --vocab end of text)",
 }
+
+
+def names_of(settings: type) -> list[str]:
+    """The fields of a dataclass."""
+    return [f.name for f in fields(settings)]
 
 
 def prepare_out(out: Path | None) -> Path:
@@ -2317,86 +2771,111 @@ def prepare_out(out: Path | None) -> Path:
     return path
 
 
-def steps_for(minutes: float, model: Model, backend: Backend, es: ES, text: np.ndarray) -> int:
+def steps_for(minutes: float, model: Model, backend: Backend, es: ES, task: Task) -> int:
     """How many steps take this long here, from a few steps of a copy."""
-    trial, es = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0), replace(es, steps=2**31)
-    hold(trial, backend)
-    es_step(trial, backend, text, es)  # warms up
-    began = time.perf_counter()
-    while trial.step < 3 or time.perf_counter() - began < 0.6 * minutes:
-        es_step(trial, backend, text, es)
-    return max(1, round((trial.step - 1) * 60 * minutes / (time.perf_counter() - began)))
+    trial, ends = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0), list[float]()
+
+    def report(_: np.ndarray) -> bool:
+        ends.append(time.perf_counter())
+        return len(ends) > 2 and ends[-1] - ends[0] > 0.6 * minutes  # the first step warms up
+
+    evolve(trial, task.fitness, replace(es, steps=2**31), backend, report)
+    return max(1, round((len(ends) - 1) * 60 * minutes / (ends[-1] - ends[0])))
 
 
 def run(a: argparse.Namespace) -> None:
     """Do what the command line says; raises UserError."""
-    given = {f.name: getattr(a, f.name) for f in fields(ES) if getattr(a, f.name) is not None}
-    shape = {name: getattr(a, name) for name in SHAPE if getattr(a, name) is not None}
-    es, out, data = ES(**given), a.out, a.data or DATA
+    def of(names: Iterable[str]) -> dict[str, Any]:
+        return {name: getattr(a, name) for name in names if getattr(a, name) is not None}
+
+    given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
+    es, ask, out, data, vocab_file = ES(**given), Asking(**asked), a.out, a.data or DATA, a.vocab
     if a.threads is not None and a.threads < 1:
         raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
     if a.minutes is not None and not 0 < a.minutes < 1e6:
         raise UserError(f"--minutes {a.minutes:g} is out of range: give a positive number of minutes")
+    if a.top_p is not None and not 0 < a.top_p <= 1:
+        raise UserError(f"--top-p {a.top_p:g} is out of range: give more than 0, at most 1")
     if a.resume:
-        if not out or given or shape or a.load or a.data:
+        if not out or given or shape or asked or a.load or a.data or a.vocab or a.freeze is not None:
             raise UserError("--resume goes with --out, and the settings are the run's own: leave the others out")
         model = load_model(out / "model.npz")
         if "es" not in model.extra:
             raise UserError(f"{out}/model.npz is not from a training run: use --load to start one from it")
-        es, data = ES(**model.extra["es"]), Path(model.extra["data"])
-    elif a.load:
+        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra["ask"]), Path(model.extra["data"])
+        vocab_file = model.extra["vocab"] and Path(model.extra["vocab"])
+    vocab = Vocab(vocab_file)
+    if a.load:
         model = load_model(a.load)
         if any(getattr(model.cfg, name) != value for name, value in shape.items()):
             raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
         if a.tokens is None and "es" in model.extra:
             es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
-    else:
-        cfg = Config(**shape)
+    elif not a.resume:
+        model = new_model(Config(**shape, vocab=vocab.size), es.seed)
         if a.bench:
-            return bench(cfg, es, make_backend(a.backend, cfg, es.rank, a.threads))
+            return bench(model.cfg, es, make_backend(a.backend, model.cfg, es.rank, a.threads))
         if a.eval or a.sample is not None:
             raise UserError("--eval and --sample need a model: add --load model.npz")
-        model = new_model(cfg, es.seed)
-    if model.cfg.vocab != 256:
-        raise UserError(f"the model's vocabulary of {model.cfg.vocab} is not bytes: load one of 256 tokens")
-    if a.eval or a.sample is not None:
-        backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
-        if a.sample is not None:
-            write_sample(model, backend, a.sample, es.seed)
-        if a.eval:
-            print(f"bits/byte {evaluate(model, backend, load_text(data, es.tokens)[1], es.tokens):.4f}")
+    if model.cfg.vocab != 256 and not vocab_file:
+        raise UserError(f"the model has {model.cfg.vocab:,} tokens, not the 256 bytes: give their file with --vocab")
+    if model.cfg.vocab < vocab.size:
+        raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give the model's own --vocab")
+    if not a.resume:
+        freeze = a.freeze if a.freeze is not None else "emb,head" if vocab_file else ""
+        model.cfg = replace(model.cfg, freeze=tuple(part.strip() for part in freeze.split(",") if part.strip()))
+
+    def backend() -> Backend:
+        return make_backend(a.backend, model.cfg, es.rank, a.threads)
+
+    if a.sample is not None:
+        how = {"length": a.length or 400, "seed": es.seed, "top_p": a.top_p or 1.0,
+               "temperature": 0.7 if a.temperature is None else a.temperature}
+        write_sample(model, backend(), vocab, a.sample, **how)
+        if not a.eval:
+            return None
+    is_text = ask.task == "text"
+    text, val_text = read_text(data) if is_text else (b"", b"")
+    task = text_task(text, val_text, vocab, es.tokens) if is_text else answer_task(ask, vocab, es.population)
+    if a.eval:
+        print(f"{task.unit} {task.validate(model, backend()):.4f}")
         return None
 
     if a.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or open log.csv in a spreadsheet")
-    text, val = load_text(data, es.tokens)
-    backend = make_backend(a.backend, model.cfg, es.rank, a.threads)
+    engine = backend()
     out = out if a.resume else prepare_out(out)
-    marks = yardsticks(data, text, val)
-    print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
+    marks = yardsticks(data, text, val_text) if is_text else {}
+    if marks:
+        print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
     if a.minutes is not None and not a.resume:
-        es = replace(es, steps=steps_for(a.minutes, model, backend, es, text))
+        es = replace(es, steps=steps_for(a.minutes, model, engine, es, task))
         print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
     if not a.resume:
-        model.step, model.extra = 0, {"es": asdict(es), "data": str(data)}
+        model.step, model.extra = 0, {"es": asdict(es), "ask": asdict(ask), "data": str(data),
+                                      "vocab": str(vocab_file) if vocab_file else None}
     print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
-          f"backend {backend.name}, {a.threads or cores()} threads")
-    bits = train(model, backend, es, text, val, out)
+          f"backend {engine.name}, {a.threads or cores()} threads")
+    figure = train(model, engine, es, task, out)
     if a.plot:
-        plot(out, marks)
-    write_sample(model, backend, "", es.seed)
+        plot(out, marks, task)
+    if is_text:
+        write_sample(model, engine, vocab, "", 400, es.seed)
     print(f"model {out / 'model.npz'}")
-    print(f"bits/byte {bits:.4f}")
+    print(f"{task.unit} {figure:.4f}")
     print(f"weights sha256 {model.sha256()}")
     return None
 
 
-def write_sample(model: Model, backend: Backend, prompt: str, seed: int) -> None:
-    """Print a prompt and its continuation, as it comes."""
+def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *args: Any, **how: Any) -> None:
+    """Print a prompt and its continuation, as it comes; the other arguments are those of `generate`."""
     print("--- sample\n" + prompt, end="")
+    tokens = vocab.encode(prompt.encode(errors="surrogateescape"))
+    tokens = tokens if len(tokens) else np.array([vocab.end], np.uint16)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for byte in generate(model, backend, prompt.encode(errors="surrogateescape"), 400, seed):
-        text = decoder.decode(byte)  # empty in the middle of a character; control characters are not for the terminal
+    for token in generate(model, backend, tokens, *args, **how):
+        text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
+        # Control characters are not for the terminal.
         print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), end="", flush=True)
     print("\n---")
 
