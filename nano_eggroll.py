@@ -37,6 +37,7 @@ import importlib.util
 import io
 import json
 import math
+import operator
 import os
 import pickletools
 import platform
@@ -1471,7 +1472,7 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
     mode: "score", where a task is one member and a lane one of its tokens; "generate", where a task is a batch of
     members and a lane one of them; "naive", like "score", but with explicit noise for every weight, for `bench`.
     """
-    block = {n[9:]: p for n, p in replace(cfg, layers=2).params.items() if n.startswith("blocks.1.")}
+    block = {n[9:]: p for n, p in replace(cfg, layers=2, freeze=()).params.items() if n.startswith("blocks.1.")}
     kinds = list(block)
     globals_ = [n for n in cfg.params if not n.startswith("blocks.") or ".ln0." in n]
     names = globals_ + [f"blocks.{layer}.{kind}" for layer in range(cfg.layers) for kind in kinds]
@@ -1751,6 +1752,8 @@ class CudaLauncher:
                 driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
                 blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
                     kernel.ptr, self.sizes.threads, shared)
+                free = cupy.cuda.runtime.memGetInfo()[0] // 2
+                blocks = max(1, min(blocks, free // max(1, slow)))
                 self.kernels[name] = kernel, blocks, shared
                 scratch = max(scratch, blocks * slow)
             self.scratch = cupy.empty(scratch, np.uint8)
@@ -2065,7 +2068,7 @@ DTYPES = {"torch BFloat16Storage": "<u2", "torch HalfStorage": "<f2", "torch Flo
 def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
     """What torch.save pickled, as plain data; tensor(storage, offset, shape, strides, ...) makes the tensors.
 
-    Interprets just the opcodes that tensors need. What the file names is never imported or called: it is known or refused.
+    Interprets just the opcodes that tensors need. What the file names is never imported, but known or refused.
     """
     known: dict[str, Callable[..., Any]] = {"collections OrderedDict": dict, "torch._utils _rebuild_tensor_v2": tensor,
              "torch._utils _rebuild_parameter": lambda data, *_: data}
@@ -2142,7 +2145,7 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
             case _:
                 raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
         if (any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides)
-                or math.prod(shape) > length or offset + sum((n - 1) * s for n, s in zip(shape, strides)) >= length):
+                or math.prod(shape) > length or offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= length):
             raise ValueError(f"a tensor reaches beyond its storage {key}")
 
         def entries() -> np.ndarray:
@@ -2209,7 +2212,7 @@ def load_official(path: Path) -> Model:
 
     An outlying column would leave few int8 steps for the others, so its size goes where the input comes from, if it can
     (as in SmoothQuant, arXiv 2211.10438): the function stays the same. Holds one tensor at a time besides the int8
-    model. Raises UserError unless every tensor of an RWKV-7 is there, whole, finite and of the right shape, and no other.
+    model. Raises UserError unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no other.
     """
     try:
         with open(path, "rb") as file:
@@ -2312,7 +2315,8 @@ class Problem(NamedTuple):
 def sums() -> tuple[list[Problem], list[Problem]]:
     """All additions of two numbers below 100: those to train on and, held out, one in ten."""
     both = [Problem(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
-    out = mix(mix(np.arange(len(both)))) % 10 == 0
+    unordered = np.array([min(a, b) * 100 + max(a, b) for a in range(100) for b in range(100)])  # so 2+1 goes with 1+2
+    out = mix(unordered + 1) % 10 == 0
     return [p for p, o in zip(both, out, strict=True) if not o], [p for p, o in zip(both, out, strict=True) if o]
 
 
@@ -2344,7 +2348,7 @@ def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
 
 def digits(prompt: str, completion: str, answer: str) -> float:
     """1 for the exact answer, else up to 1/2: the share of its characters that are in their place."""
-    right = sum(a == b for a, b in zip(completion, answer))  # noqa: B905 (they may differ in length)
+    right = sum(a == b for a, b in zip(completion, answer, strict=False))
     return 1.0 if completion == answer else 0.5 * right / max(len(answer), len(completion), 1)
 
 
@@ -2377,11 +2381,12 @@ def countdown(prompt: str, completion: str, answer: Any) -> float:
                 return Fraction(n)
             case ast.BinOp(a, op, b):
                 x, y = value(a), value(b)
-                return {ast.Add: x.__add__, ast.Sub: x.__sub__, ast.Mult: x.__mul__, ast.Div: x.__truediv__}[type(op)](y)
+                return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                        ast.Div: operator.truediv}[type(op)](x, y)
         raise ValueError
 
     left = list(answer["numbers"])
-    text = (completion.split("<answer>")[-1].split("</answer>")[0].strip().splitlines() or [""])[0].split("=")[0].strip()
+    text = completion.split("<answer>")[-1].split("</answer>")[0].strip().partition("\n")[0].partition("=")[0].strip()
     try:
         return float(len(text) < 200 and value(ast.parse(text, mode="eval").body) == answer["target"] and not left)
     except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
@@ -2433,7 +2438,8 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int) -> Task:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
     return Task(predict(train, tokens), lambda model, backend: evaluate(model, backend, val, tokens) / size,
-                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits", tokens)
+                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
+                tokens)
 
 
 @dataclass(frozen=True)
@@ -2503,7 +2509,8 @@ def plot(out: Path, marks: dict[str, float], task: Task) -> None:
         rows = list(csv.DictReader(f))
     fig, ax = plt.subplots(figsize=(8, 5))
     tokens = [int(r["tokens"]) for r in rows]
-    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation")):
+    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation"),
+                                    strict=True):
         ax.plot(tokens, [float(r[column]) for r in rows], color=color, label=label)
     for name, bits in marks.items():
         ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
@@ -2517,7 +2524,7 @@ def plot(out: Path, marks: dict[str, float], task: Task) -> None:
 def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
     """To answer problems; validation answers those that are held out, and shows a few; raises UserError."""
     if ask.group_size < 2 or ask.group_size % 2 or population % ask.group_size:
-        raise UserError(f"--group-size {ask.group_size} does not fit --population {population}: choose an even divisor of it")
+        raise UserError(f"--group-size {ask.group_size} does not fit --population {population}: choose an even divisor")
     train, held = sums() if ask.task == "sums" else read_problems(Path(ask.task))
     held = held[:1000]
     reward = reward_function(ask.reward or ("digits" if ask.task == "sums" else "exact"))
@@ -2716,9 +2723,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    ".safetensors")
     p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
     p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
-    p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, as in rwkv_vocab_v20230424.txt (each byte is one)")
-    p.add_argument("--freeze", metavar="PARTS", help="do not train parameters with these in their names, like emb,att.w*; "
-                   "'' for none (emb,head where a vocabulary has over 256 tokens)")
+    p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, like rwkv_vocab_v20230424.txt (bytes)")
+    p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, like "
+                   "emb,att.w*; '' for none (with --vocab: emb,head)")
     for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
         for name in names:
             value = getattr(settings, name)
@@ -2726,9 +2733,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                            help=HELP[name] + (f" ({value})" if value else ""))
     p.add_argument("--minutes", type=float, metavar="N", help="choose --steps so that training takes about this long")
     p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
-    p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few as "
-                   "together have this probability (1)")
-    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or the accuracy in a task")
+    p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few "
+                   "as together have this probability (1)")
+    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or accuracy in a --task")
     p.add_argument("--bench", action="store_true", help="measure this machine")
     p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
     return p.parse_args(argv)
@@ -2802,8 +2809,8 @@ def run(a: argparse.Namespace) -> None:
         model = load_model(out / "model.npz")
         if "es" not in model.extra:
             raise UserError(f"{out}/model.npz is not from a training run: use --load to start one from it")
-        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra["ask"]), Path(model.extra["data"])
-        vocab_file = model.extra["vocab"] and Path(model.extra["vocab"])
+        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra.get("ask", {})), Path(model.extra["data"])
+        vocab_file = Path(model.extra["vocab"]) if model.extra.get("vocab") else None
     vocab = Vocab(vocab_file)
     if a.load:
         model = load_model(a.load)
@@ -2820,7 +2827,7 @@ def run(a: argparse.Namespace) -> None:
     if model.cfg.vocab != 256 and not vocab_file:
         raise UserError(f"the model has {model.cfg.vocab:,} tokens, not the 256 bytes: give their file with --vocab")
     if model.cfg.vocab < vocab.size:
-        raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give the model's own --vocab")
+        raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give its own --vocab")
     if not a.resume:
         freeze = a.freeze if a.freeze is not None else "emb,head" if vocab_file else ""
         model.cfg = replace(model.cfg, freeze=tuple(part.strip() for part in freeze.split(",") if part.strip()))

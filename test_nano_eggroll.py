@@ -438,10 +438,17 @@ def assert_equals_numpy(backend, seed, T, members, sigma):
         one, two = (run(b, m, text, start, T, (seed, 4, s)) for b in (backend, numpy))
         for a, b in zip(one, two, strict=True):
             np.testing.assert_array_equal(a, b)
-        state = E.zero_state(cfg, members)  # and so does generation, token by token
+        state = E.zero_state(cfg, members)  # carried along, token by token
         for t in range(min(T, 3)):
             _, logits, state = run(backend, m, text, start + t, 1, (seed, 4, s), state)
             np.testing.assert_array_equal(logits[:, 0], two[1][:, t])
+        given = np.random.default_rng(seed).integers(1, 4, members).astype(np.int32)
+        for temperature, stop in (0.0, -1), (0.9, 1):  # and generation
+            written = [text[start[:, None] + np.arange(4 + T % 5)] for _ in range(2)]
+            costs = [b.generate(m, w, given, (seed, 4, s), temperature, stop)
+                     for b, w in zip((backend, numpy), written, strict=True)]
+            np.testing.assert_array_equal(*written)
+            np.testing.assert_array_equal(*costs)
     f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
     other = replace(m, q=m.q.copy(), residual=m.residual.copy())
     backend.update(m, f, seed, 4, 77.7)
@@ -475,7 +482,7 @@ def test_whole_runs_are_equal(backend, cfg, seed, rank, T, pairs, threads):
     one, two = E.new_model(cfg, seed), E.new_model(cfg, seed)
     a, b = E.make_backend(backend, cfg, rank, threads), E.NumpyBackend(cfg, rank)
     for _ in range(6):
-        assert E.es_step(one, a, text, es) == E.es_step(two, b, text, es)
+        np.testing.assert_array_equal(*(E.es_step(m, on, es, E.predict(text, T)) for m, on in ((one, a), (two, b))))
     assert one.sha256() == two.sha256()
     np.testing.assert_array_equal(one.residual, two.residual)
 
@@ -519,14 +526,13 @@ def small(tmp_path, *more):
 
 @needs_c
 def test_a_short_run_learns():
-    train, val = E.load_text(E.DATA, 32)
-    marks = E.yardsticks(E.DATA, train, val)
-    cfg, es = E.Config(dim=32, layers=1), E.ES(population=512, tokens=32, steps=150, lr=1.0)
+    texts = E.read_text(E.DATA)
+    task, marks = E.text_task(*texts, E.Vocab(), 32), E.yardsticks(E.DATA, *texts)
+    cfg, es = E.Config(dim=32, layers=1), E.ES(population=512, steps=150, lr=1.0)
     m, b = E.new_model(cfg, 0), E.make_backend("c", cfg, 1)
-    assert abs(E.evaluate(m, b, val, 32) - 8) < 0.01  # a zero head is uniform
-    for _ in range(es.steps):
-        E.es_step(m, b, train, es)
-    assert E.evaluate(m, b, val, 32) < marks["unigram"] - 0.3
+    assert abs(task.validate(m, b) - 8) < 0.01  # a zero head is uniform
+    E.evolve(m, task.fitness, es, b)
+    assert task.validate(m, b) < marks["unigram"] - 0.3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -538,9 +544,9 @@ def test_main_trains_saves_evaluates_and_samples(backend, tmp_path, capsys):
     assert out[-2].startswith("bits/byte ")
     model = E.load_model(tmp_path / "run" / "model.npz")
     assert out[-1] == f"weights sha256 {model.sha256()}"
-    same, es = E.new_model(E.Config(dim=16, layers=1), 0), E.ES(population=64, tokens=16, steps=8, lr=2)
-    while same.step < es.steps:
-        E.es_step(same, E.NumpyBackend(same.cfg, 1), E.load_text(E.DATA, 16)[0], es)
+    same, es = E.new_model(E.Config(dim=16, layers=1), 0), E.ES(population=64, steps=8, lr=2)
+    fitness = E.predict(np.frombuffer(E.read_text(E.DATA)[0], np.uint8).astype(np.uint16), 16)
+    E.evolve(same, fitness, es, E.NumpyBackend(same.cfg, 1))
     assert same.sha256() == model.sha256()
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert log[0] == "step,seconds,tokens,train_bits,val_bits,tokens_per_s"
@@ -567,7 +573,7 @@ def test_evaluation_counts_every_byte_once():
     m, text = random_model(cfg), random_text(cfg, 107)
     b = E.make_backend("c", cfg, 1)
     one_by_one = sum(int(b.score(m, text, np.array([i]), min(20, 106 - i), (0, 0, 0.0))[0]) for i in range(0, 106, 20))
-    assert E.evaluate(m, b, text, 20) == one_by_one / (E.BITS * 106)
+    assert E.evaluate(m, b, text, 20) == one_by_one / E.BITS
 
 
 @given(configs(), SEEDS)
@@ -619,8 +625,8 @@ def test_a_damaged_model_is_refused(tmp_path, capsys):
 BAD = {
     "missing data": (["--data", "nowhere.txt"], "nowhere.txt"),
     "a directory as data": (["--data", "."], "directory"),
-    "empty data": (["--data", "empty.txt"], "too short"),
-    "short data": (["--data", "short.txt"], "too short"),
+    "empty data": (["--data", "empty.txt"], "too few"),
+    "short data": (["--data", "short.txt"], "too few"),
     "tokens longer than the data": (["--data", "short.txt", "--tokens", "200"], "--tokens 200"),
     "odd population": (["--population", "63"], "63"),
     "no population": (["--population", "0"], "0"),
@@ -808,6 +814,7 @@ void __syncthreads();
 void __syncwarp(unsigned mask = ~0u);
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
 int simt_shuffle(unsigned mask, int bits, int lane);
+int __all_sync(unsigned mask, int x);
 template <class T> T __shfl_sync(unsigned mask, T x, int lane) {
   return __builtin_bit_cast(T, simt_shuffle(mask, __builtin_bit_cast(int, x), lane));
 }
@@ -984,6 +991,11 @@ void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
 void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
 int simt_shuffle(unsigned mask, int bits, int lane) {
   return exchange(mask, &bits, 1, "a shuffle", false, SITE)[lane & 31][0];
+}
+int __all_sync(unsigned mask, int x) {
+  Given &given = exchange(mask, &x, 1, "a vote", false, SITE);
+  for (int lane = 0; lane < 32; lane++) if (!given[lane][0]) return 0;
+  return 1;
 }
 
 // mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
@@ -1263,7 +1275,8 @@ class FakeCupy:
                                    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
                                    funcSetAttribute=set_attribute),
             runtime=SimpleNamespace(driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 12090,
-                                    getDeviceProperties=lambda i: {"name": b"fake"}))
+                                    getDeviceProperties=lambda i: {"name": b"fake"},
+                                    memGetInfo=lambda: (2**30, 2**30)))
 
 
 @needs_gcc
