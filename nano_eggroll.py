@@ -2033,7 +2033,7 @@ def digest(arrays: dict[str, np.ndarray]) -> bytes:
 
 def load_model(path: Path) -> Model:
     """Read model.npz, or an official checkpoint; raises UserError unless every byte is as it was written."""
-    if path.suffix in (".pth", ".safetensors"):
+    if path.suffix.lower() in (".pth", ".safetensors"):
         return load_official(path)
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -2070,8 +2070,9 @@ def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
 
     Interprets just the opcodes that tensors need. What the file names is never imported, but known or refused.
     """
-    known: dict[str, Callable[..., Any]] = {"collections OrderedDict": dict, "torch._utils _rebuild_tensor_v2": tensor,
-             "torch._utils _rebuild_parameter": lambda data, *_: data}
+    known: dict[str, Callable[..., Any]] = {
+        "collections OrderedDict": lambda: {}, "torch._utils _rebuild_tensor_v2": tensor,
+        "torch._utils _rebuild_parameter": lambda data, needs_gradient, hooks: data}
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -2130,12 +2131,14 @@ def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
 
 def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
     """The tensors of a .pth that torch.save wrote: a zip file of a pickle and of one entry for each storage."""
+    size = file.seek(0, os.SEEK_END)
     archive = zipfile.ZipFile(file)
     root = next((n for n in archive.namelist() if n.endswith("data.pkl")), "").removesuffix("data.pkl")
 
     def read(name: str) -> bytes:
-        if archive.getinfo(root + name).compress_type:  # torch does not compress; a small file could hold terabytes
-            raise ValueError(f"{root + name} is compressed")
+        entry = archive.getinfo(root + name)
+        if entry.compress_type or entry.compress_size != entry.file_size or entry.file_size > size:
+            raise ValueError(f"{root + name} is compressed")  # torch does not; a small file could hold terabytes
         return archive.read(root + name)
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
@@ -2144,8 +2147,11 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
                 dtype = np.dtype(DTYPES[kind])
             case _:
                 raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
-        if (any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides)
-                or math.prod(shape) > length or offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= length):
+        numbers = (length, offset, *shape, *strides)
+        if len(numbers) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in numbers):
+            raise ValueError("the shape of a tensor is not one of an RWKV-7")
+        if (len(shape) != len(strides) or math.prod(shape) > length
+                or offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= length):
             raise ValueError(f"a tensor reaches beyond its storage {key}")
 
         def entries() -> np.ndarray:
@@ -2156,6 +2162,8 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
 
         return Stored(shape, entries)
 
+    if f"{root}byteorder" in archive.namelist() and read("byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
     return unpickle(read("data.pkl"), tensor)
 
 
@@ -2164,17 +2172,20 @@ def safetensors(file: BinaryIO) -> dict[str, Stored]:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, 10**8):  # the format's own limit
+    if length > min(size - 8, 10**7):  # the format's own limit is ten times that
         raise ValueError("its header is not whole")
-    header = json.loads(file.read(length))
+    header = json.loads(file.read(length).decode())
     header.pop("__metadata__", None)
     found, end = {}, 8 + length
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if t["dtype"] not in DTYPES:
+        kind, shape, at = t["dtype"], tuple(t["shape"]), end
+        if kind not in ("BF16", "F16", "F32"):
             raise ValueError(f"{name} is neither bfloat16 nor float16 nor float32")
-        shape, dtype, at = tuple(t["shape"]), np.dtype(DTYPES[t["dtype"]]), end
+        if len(shape) > 3 or any(type(n) is not int or not 0 <= n < 2**40 for n in (*shape, *t["data_offsets"])):
+            raise ValueError(f"the shape of {name} is not one of an RWKV-7")
+        dtype = np.dtype(DTYPES[kind])
         end += dtype.itemsize * math.prod(shape)
-        if any(type(n) is not int or n < 0 for n in shape) or t["data_offsets"] != [at - 8 - length, end - 8 - length]:
+        if t["data_offsets"] != [at - 8 - length, end - 8 - length]:
             raise ValueError(f"{name} is not where it should be")
 
         def entries(at: int = at, end: int = end, dtype: np.dtype = dtype, shape: tuple = shape) -> np.ndarray:
@@ -2192,8 +2203,14 @@ def official_config(tensors: dict[str, Stored]) -> Config:
     layers = 1 + max((int(m[1]) for m in (re.fullmatch(r"blocks\.(\d{1,3})\.ln1\.weight", n) for n in tensors) if m),
                      default=0)
     last = f"blocks.{layers - 1}."
-    (V, D), (_, N), (F, _) = (tensors[n].shape for n in ("emb.weight", last + "att.r_k", last + "ffn.key.weight"))
-    lora = [tensors[last + f"att.{n}1"].shape[1] if n != "v" or layers > 1 else 1 for n in LORA]
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise ValueError(f"it has no matrix {name}, unlike an RWKV-7")
+        return tensors[name].shape
+
+    (V, D), (_, N), (F, _) = (shape(name) for name in ("emb.weight", last + "att.r_k", last + "ffn.key.weight"))
+    lora = [shape(last + f"att.{n}1")[1] if n != "v" or layers > 1 else 1 for n in LORA]
     return Config(D, layers, N, V, F, (lora[0], lora[1], lora[2], lora[3]))
 
 
@@ -2205,6 +2222,7 @@ SCALABLE = [(("att.receptance.weight", "att.key.weight", "att.value.weight", "at
             (("att.a2",), ("att.a1",), 1), (("att.v2",), ("att.v1",), 1),
             (("head.weight",), ("ln_out.weight", "ln_out.bias"), 1)]
 OUTLIER = 3  # how much larger than the median column's a column's absmax may be
+MOST = 16  # to be moved; the entries of a vector share one scale, and the small ones would vanish beside a huge one
 
 
 def load_official(path: Path) -> Model:
@@ -2216,7 +2234,7 @@ def load_official(path: Path) -> Model:
     """
     try:
         with open(path, "rb") as file:
-            tensors = pth_tensors(file) if path.suffix == ".pth" else safetensors(file)
+            tensors = pth_tensors(file) if path.suffix.lower() == ".pth" else safetensors(file)
             if any(not isinstance(t, Stored) for t in tensors.values()):
                 raise ValueError("it holds more than tensors")
             m = empty_model(official_config(tensors))
@@ -2239,15 +2257,15 @@ def load_official(path: Path) -> Model:
                 for i in range(0, len(rows), some):
                     w = rows[i:i + some]
                     w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
-                    if not np.isfinite(w).all():
-                        raise ValueError(f"{p.name} has entries that are not finite")
+                    if not (np.abs(w) < 1e30).all():  # so neither is NaN
+                        raise ValueError(f"{p.name} has entries that are too large or not finite")
                     yield slice(i, i + len(w)), w
 
             excess: dict[str, np.ndarray] = {}  # of each column of a matrix
             for name, p in params.items():
                 if p.cols:
                     top = np.max([np.abs(w).max(0) for _, w in parts(p)], 0)
-                    excess[name] = np.maximum(top / max(OUTLIER * np.median(top), 1e-30), 1)
+                    excess[name] = np.clip(top / (OUTLIER * np.median(top) or math.inf), 1, MOST)
             shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
             for readers, sources, power in SCALABLE:
                 for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
@@ -2260,14 +2278,15 @@ def load_official(path: Path) -> Model:
                 for rows, w in parts(p):
                     w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
                     top = np.abs(w).max(1, keepdims=True)
-                    scale = np.where(top, top, F32(1)) / F32(127)
+                    scale = np.where(top > 1e-30, top, F32(1)) / F32(127)
                     q[rows] = np.rint(w / scale)
                     m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
             return m
     except FileNotFoundError:
         raise UserError(f"no file {path}: give the path of a checkpoint") from None
     except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        raise UserError(f"{path} is not a whole RWKV-7 checkpoint ({str(e)[:200]}): download it again") from None
+        why = "".join(c if c.isprintable() else "\ufffd" for c in str(e)[:200]) or type(e).__name__
+        raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({why}): download it again") from None
 
 
 def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int) -> float:
@@ -2641,7 +2660,7 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
     text.setflags(write=False)
     model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)
-    few = min(es.population, max(2 * cores(), es.population // 32))  # naive ES has nothing to share, so a few members do
+    few = min(es.population, max(2 * cores(), es.population // 32))  # naive ES shares nothing, so a few members do
     start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
     state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(es.population // 2))
     answers, given = np.zeros((es.population, T + 1), np.uint16), np.ones(es.population, np.int32)
@@ -2724,8 +2743,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
     p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
     p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, like rwkv_vocab_v20230424.txt (bytes)")
-    p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, like "
-                   "emb,att.w*; '' for none (with --vocab: emb,head)")
+    p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, "
+                   "like emb,att.w*; '' for none (with --vocab: emb,head)")
     for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
         for name in names:
             value = getattr(settings, name)
@@ -2735,7 +2754,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
     p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few "
                    "as together have this probability (1)")
-    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or accuracy in a --task")
+    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or a --task's accuracy")
     p.add_argument("--bench", action="store_true", help="measure this machine")
     p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
     return p.parse_args(argv)

@@ -7,18 +7,24 @@
 
 import ctypes
 import hashlib
+import io
 import itertools
+import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -227,12 +233,12 @@ def test_low_rank_path_equals_explicitly_perturbed_weights(backend, cfg, seed, r
         np.testing.assert_array_equal(s[0], state[member])
 
 
-def reference(cfg, W, tokens):
+def reference(cfg, W, tokens, steps=127):
     """RWKV-7 in float64, one token at a time, written from the equations of the paper; products take int8 inputs."""
     D, N = cfg.dim, cfg.head_size
 
     def times(w, x):
-        step = max(abs(x).max(), 1e-30) / 127
+        step = max(abs(x).max(), 1e-30) / steps
         return w @ (np.rint(x / step) * step)
 
     def sigmoid(x):
@@ -1368,3 +1374,397 @@ def test_naive_es_is_a_model_with_explicit_noise(cfg, seed, T):
             if p.cols and name != "emb.weight":
                 naive.weight(name)[:] += noise[table[name]:table[name] + p.size].reshape(p.out, p.cols).astype(np.int8)
         assert b.score(naive, text, start[[member]], T, (0, 0, 0.0))[0] == cost[member]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Official checkpoints
+
+KINDS = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage"}
+PACKINGS = ["alone", "together", "transposed", "module", "safetensors"]
+TORCH = SimpleNamespace(**{name: type(name, (), {"__module__": "torch"}) for name in [*KINDS.values(), "IntStorage"]},
+                        _rebuild_tensor_v2=lambda: 0, _rebuild_parameter=lambda: 0)  # to pickle its names without it
+for function in "_rebuild_tensor_v2", "_rebuild_parameter":
+    getattr(TORCH, function).__module__, getattr(TORCH, function).__qualname__ = "torch._utils", function
+LORA_MATRIX = re.compile(r"att\.[wavg][12]$")  # official files hold these transposed
+TINY = E.Config(dim=2, layers=1, head_size=1, vocab=2, ffn=3, lora=(1, 1, 1, 1))
+
+
+class Call:
+    """Pickles as the call of a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+class Pickler(pickle.Pickler):
+    def persistent_id(self, thing):
+        return thing.id if isinstance(thing, SimpleNamespace) else None
+
+
+def pickled(thing):
+    """As torch.save pickles, with the same pickler."""
+    file = io.BytesIO()
+    with mock.patch.dict(sys.modules, {"torch": TORCH, "torch._utils": TORCH}):
+        Pickler(file, 2).dump(thing)
+    return file.getvalue()
+
+
+def tensor(kind="FloatStorage", key="0", length=4, offset=0, shape=(2, 2), strides=(2, 1)):
+    storage = SimpleNamespace(id=("storage", getattr(TORCH, kind, kind), key, "cpu", length))
+    return Call(TORCH._rebuild_tensor_v2, storage, offset, shape, strides, False, OrderedDict())
+
+
+def rounded(w, kind):
+    """Numbers that the type holds, as float32; bfloat16 is the upper half of float32."""
+    w = w.astype(np.float32)
+    if kind == "BF16":
+        return (w.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    return w.astype(np.float16).astype(np.float32) if kind == "F16" else w
+
+
+def zipped(path, data, storages, **how):
+    with zipfile.ZipFile(path, "w") as z:
+        for name, entry in {"data.pkl": data, "byteorder": b"little", **{f"data/{k}": v for k, v in storages.items()},
+                            "version": b"3\n"}.items():
+            z.writestr("some name/" + name, entry, **how)
+
+
+def framed(header, entries=b""):
+    """A .safetensors; a header that is no bytes is JSON."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + entries
+
+
+def write(folder, W, kind="F32", packing="alone", wrong=None):
+    """Official tensors as a .pth in one of the forms that torch.save gives it, or a .safetensors.
+
+    What is said of the embedding can be wrong.
+    """
+    path, storages, tensors, header, count = folder / "model.pth", {}, OrderedDict(), {"__metadata__": {"a": "b"}}, 0
+    for name, w in W.items():
+        flat = np.ascontiguousarray(w.T if packing == "transposed" else w).ravel()
+        flat = (flat.view("<u4") >> 16).astype("<u2") if kind == "BF16" else flat.astype(E.DTYPES[kind])
+        key = "0" if packing == "together" else str(len(storages))
+        storages[key] = storages.get(key, b"") + flat.tobytes()
+        header[name] = {"dtype": kind, "shape": w.shape,
+                        "data_offsets": [count * flat.itemsize, (count + w.size) * flat.itemsize]}
+        steps = [math.prod(w.shape[:i] if packing == "transposed" else w.shape[i + 1:]) for i in range(w.ndim)]
+        length = sum(x.size for x in W.values()) if packing == "together" else w.size
+        right = {"kind": KINDS[kind], "key": key, "length": length, "shape": w.shape, "strides": tuple(steps),
+                 "offset": count if packing == "together" else 0}
+        tensors[name] = tensor(**right | (wrong if wrong and name == "emb.weight" else {}))
+        count += w.size
+        if packing == "module":
+            tensors[name] = Call(TORCH._rebuild_parameter, tensors[name], True, OrderedDict())
+    if packing == "safetensors":
+        path = path.with_suffix(".safetensors")
+        path.write_bytes(framed(header, b"".join(storages.values())))
+    else:
+        if packing == "module":
+            tensors._metadata = OrderedDict([("", {"version": 1}), ("emb", {"version": 1})])
+        zipped(path, pickled(tensors if packing == "module" else dict(tensors)), storages)
+    return path
+
+
+def official(cfg, seed, kind="F32", outliers=0.0):
+    """A float model: official names, shapes and order of axes; columns of even size, but for the outlying ones."""
+    rng, W = np.random.default_rng(seed), {}
+    for name, p in cfg.params.items():
+        w = rng.uniform(0.4, 1, (p.out, max(p.cols, 1))) * rng.choice([-1, 1], (p.out, max(p.cols, 1)))
+        if p.cols and not outliers:
+            w *= 2.0 ** rng.integers(-6, 2, (p.out, 1)) * (rng.random((p.out, 1)) > 0.1)
+        elif p.cols:
+            w = rng.normal(size=w.shape) / np.sqrt(p.cols) * np.where(rng.random(p.cols) < outliers, 20, 1)
+        w, D = rounded(w, kind), p.out
+        shape = (D // cfg.head_size, cfg.head_size) if name.endswith("r_k") else (1, 1, D) if ".x_" in name else (D,)
+        W[name] = (w.T if LORA_MATRIX.search(name) else w) if p.cols else w.reshape(shape)
+    return W
+
+
+def ours(cfg, W):
+    """Official tensors with the shapes and the order of axes of Config.params."""
+    return {n: (W[n].T if LORA_MATRIX.search(n) else W[n]) if p.cols else W[n].ravel() for n, p in cfg.params.items()}
+
+
+def unscaled(m):
+    """What a model's int8 entries stand for, in float64."""
+    return {n: m.weight(n) * (m.scales(n)[:, None] if p.cols else m.scales(n)).astype(float)
+            for n, p in m.cfg.params.items()}
+
+
+@given(configs(), SEEDS, st.sampled_from([*KINDS]), st.sampled_from(PACKINGS), st.booleans())
+@examples(60)
+def test_every_weight_of_a_checkpoint_comes_back(tmp_path_factory, cfg, seed, kind, packing, unused):
+    """Within half an int8 step, whose size is that of the row's largest weight / 127."""
+    cfg = replace(cfg, lora=(*cfg.lora[:2], cfg.lora[2] if cfg.layers > 1 else 1, cfg.lora[3]))
+    W = official(cfg, seed, kind)
+    more = {f"blocks.0.att.v{i}": np.ones((3, 2), np.float32) for i in range(3 * unused)}  # some files have them
+    m = E.load_model(write(tmp_path_factory.mktemp("pth"), W | more, kind, packing))
+    assert m.cfg == cfg
+    assert not m.residual.any()
+    for name, w in ours(cfg, W).items():
+        top = abs(w).max(-1, keepdims=True)
+        step = np.broadcast_to(np.where(top, top, 1) / np.float32(127), w.shape)
+        np.testing.assert_array_equal(m.scales(name), step[:, 0] if step.ndim == 2 else step)
+        assert (abs(unscaled(m)[name] - w) <= 0.50001 * step).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_tensors_give_equal_models_however_they_are_stored(kind, tmp_path):
+    """Outliers and all; the .safetensors is the measure of the forms of .pth."""
+    W = official(E.Config(dim=12, layers=2, head_size=4, vocab=9), 1, kind, 0.1)
+    models = [E.load_model(write(tmp_path, W, kind, packing)) for packing in PACKINGS]
+    for m in models[:-1]:
+        assert m.sha256() == models[-1].sha256()
+        np.testing.assert_array_equal(m.scale, models[-1].scale)
+
+
+def test_outlying_columns_are_scaled_without_a_change_of_the_function(tmp_path, monkeypatch):
+    """Of float64 activations, that is; what is left is the rounding of the weights."""
+    cfg, errors = E.Config(dim=32, layers=2, head_size=8, vocab=20), []
+    for seed in range(6):
+        W, text = official(cfg, seed, outliers=0.1), random_text(cfg, seed=seed)[:12]
+        before, after = ours(cfg, W), unscaled(E.load_model(write(tmp_path, W)))
+        for n in cfg.params:
+            if re.search(r"(receptance|att.key|value|output|head)\.weight$|w1$|g1$|[av]2$", n):  # not scaled by row
+                assert (abs(after[n]).max(0) <= 3.05 * np.median(abs(before[n]).max(0))).all()
+        W = official(cfg, seed, outliers=1e-9)
+        want = reference(cfg, ours(cfg, W), text, 2**40)
+        for most in (0.3, math.inf):  # as if all columns were outliers, or none
+            monkeypatch.setattr(E, "OUTLIER", most)
+            m = E.load_model(write(tmp_path, W))
+            got = reference(cfg, unscaled(m), text, 2**40)
+            errors.append(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+        monkeypatch.undo()
+    assert max(errors) < 0.06
+
+
+@pytest.mark.parametrize("size", [1e-44, 1.8e-43, 1e-38, 3e38])
+def test_extreme_numbers_come_back_or_are_refused(size, tmp_path):
+    """Float32 reaches further than row scales can."""
+    name = "blocks.0.att.key.weight"
+    W = official(E.Config(dim=8, layers=1, head_size=4), 0)
+    W[name][1] *= np.float32(size)
+    path = write(tmp_path, W)
+    if size == 3e38:
+        with pytest.raises(E.UserError, match="too large"):
+            E.load_model(path)
+        return
+    m = E.load_model(path)
+    assert (abs(unscaled(m)[name] - W[name]) <= 0.501 * m.scales(name)[:, None]).all()
+
+
+def test_a_matrix_that_reads_few_channels_leaves_the_others_alone(tmp_path):
+    cfg = E.Config(dim=32, layers=2, head_size=8, vocab=20)
+    W, text = official(cfg, 0, outliers=1e-9), random_text(cfg)[:12]
+    W["blocks.1.att.w1"][3:] = 0  # the median of its columns is 0
+    want = reference(cfg, ours(cfg, W), text, 2**40)
+    got = reference(cfg, unscaled(E.load_model(write(tmp_path, W))), text, 2**40)
+    assert abs(got - want).max() < 0.1 * np.sqrt(np.mean(want**2))
+
+
+MISTAKES = {
+    "missing": lambda W: W.pop("blocks.0.ffn.x_k"),
+    "missing embedding": lambda W: W.pop("emb.weight"),
+    "missing gate": lambda W: W.pop("blocks.0.att.g1"),
+    "missing layer": lambda W: [W.pop(n) for n in list(W) if n.startswith("blocks.0.")],
+    "extra": lambda W: W.update({"lm_head.weight": W["head.weight"]}),
+    "extra of a layer": lambda W: W.update({"blocks.0.att.x_q": W["ln_out.bias"]}),
+    "another name": lambda W: W.update({"blocks.0.att.w_3": W.pop("blocks.0.att.w2")}),
+    "a hole in the layers": lambda W: W.update({"blocks.2.ln1.weight": W["ln_out.bias"]}),
+    "a thousand layers": lambda W: W.update({"blocks.999.ln1.weight": W["ln_out.bias"]}),
+    "transposed": lambda W: W.update({"blocks.0.att.w1": W["blocks.0.att.w1"].T}),
+    "long": lambda W: W.update({"ln_out.bias": np.ones(9, np.float32)}),
+    "one axis": lambda W: W.update({"emb.weight": W["emb.weight"].ravel()}),
+    "three axes": lambda W: W.update({"blocks.0.att.key.weight": W["blocks.0.att.key.weight"][None]}),
+    "wide": lambda W: W.update({"blocks.0.att.key.weight": np.ones((8, 9), np.float32)}),
+    "empty": lambda W: W.update({"blocks.0.ffn.key.weight": np.ones((0, 8), np.float32)}),
+    "nan": lambda W: W["blocks.0.att.a2"].__setitem__((0, 1), np.nan),
+    "inf": lambda W: W["blocks.0.att.x_k"].__setitem__((0, 0, 3), -np.inf),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_is_no_rwkv7_is_refused_by_name(mistake, tmp_path, capsys):
+    W = official(E.Config(dim=8, layers=1, head_size=4, lora=(2, 3, 1, 5)), 0)
+    before = {n: w.copy() for n, w in W.items()}
+    MISTAKES[mistake](W)
+    wrong = [n for n in {**W, **before} if n not in W or n not in before or W[n].tobytes() != before[n].tobytes()
+             or W[n].shape != before[n].shape]
+    for packing in ("alone", "safetensors"):
+        path = write(tmp_path, W, "F32", packing)
+        assert E.main(["--load", str(path), "--eval"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert str(path) in err
+        assert any(n in err for n in wrong) or "blocks.2." in err or mistake == "a thousand layers"
+
+
+def unicode(text):
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+REBUILD, FLOAT = b"ctorch._utils\n_rebuild_tensor_v2\n", b"(" + unicode("storage") + b"ctorch\nFloatStorage\n"
+LAUGHS = b")q\0" + b"h\0h\0\x86q\0" * 60  # t = (t, t), 60 times; item 0 of the memo
+CALL = b"(" + unicode("touch executed") + b"tR."
+HOSTILE = {  # pickles, and what else there can be in a .pth or a .safetensors
+    **{name: b"\x80\x02c" + name.replace(".", "\n").encode() + b"\n" + CALL for name in (
+        "os.system", "posix.system", "builtins.eval", "builtins.getattr", "functools.partial", "numpy.load",
+        "subprocess.Popen", "torch.load", "this.s", "__main__.E")},
+    "two calls": b"\x80\x02}" + unicode("a") + b"cos\nsystem\n" + CALL[:-1] + b"sctorch\nFloatStorage\n" + CALL,
+    "a called storage": b"\x80\x02ctorch\nFloatStorage\n" + CALL,
+    "a called string": b"\x80\x02" + unicode("os system") + CALL,
+    "inst": b"(" + unicode("touch executed") + b"ios\nsystem\n.",
+    "obj": b"(cos\nsystem\n" + unicode("touch executed") + b"o.",
+    "newobj": b"\x80\x02cos\nsystem\n" + unicode("touch executed") + b"\x85\x81.",
+    "newobj_ex": b"\x80\x04cos\nsystem\n" + unicode("touch executed") + b"\x85}\x92.",
+    "extension": b"\x80\x02\x82\x01" + CALL,
+    "stack global": b"\x80\x04\x8c\x02os\x8c\x06system\x93" + CALL,
+    "lines": b"\x80\x04" + unicode("os\n\x1b[2J") + b"\x8c\x06system\x93" + CALL,
+    "stack global of laughs": b"\x80\x04" + LAUGHS + b"h\0\x93.",
+    "getattr": pickled(Call(getattr, Call(getattr, Pickler, "__base__"), "__init__")),
+    "state": b"\x80\x02" + REBUILD + b"(" + unicode("__code__") + b"}db.",
+    "laughs as a key": b"\x80\x02}" + LAUGHS + b"h\0s.",
+    "laughs as pairs": b"\x80\x02" + LAUGHS + b"ccollections\nOrderedDict\nh\0\x85R.",
+    "laughs as a shape": b"\x80\x02" + LAUGHS + REBUILD + b"(" + FLOAT + unicode("0") + unicode("cpu")
+    + b"K\1tQK\0h\0h\0tR.",
+    "laughs as a storage": b"\x80\x02" + LAUGHS + REBUILD + b"(h\0QK\0))tR.",
+    "laughs as a storage's key": b"\x80\x02" + LAUGHS + REBUILD + b"(" + FLOAT + b"h\0h\0K\1tQK\0))tR.",
+    "laughs as a function": b"\x80\x02" + LAUGHS + b"h\0" + CALL,
+    "laughs": b"\x80\x02" + LAUGHS + b"h\0.",
+    "a dict in itself": b"\x80\x02}q\0" + unicode("a") + b"h\0s.",
+    "a dict as its arguments": b"\x80\x02}q\0" + unicode("a") + b"h\0sccollections\nOrderedDict\nh\0R.",
+    "copies of a dict": b"\x80\x02}q\0(" + b"".join(unicode(str(i)) + b"N" for i in range(9999))
+    + b"uccollections\nOrderedDict\nq\1" + b"h\1h\0\x85R" * 9999 + b".",
+    "a product of long numbers": b"\x80\x02" + REBUILD + b"(" + FLOAT + unicode("0") + unicode("cpu")
+    + b"K\1tQK\0(\x8a\xff" + b"\x7f" * 255 + b"q\0" + b"h\0" * 9999 + b"tq\1h\1tR.",
+    "many axes, often": b"\x80\x02" + REBUILD + b"q\0(" + FLOAT + unicode("0") + unicode("cpu") + b"K\4tQK\0("
+    + b"K\1" * 9999 + b"tq\1h\1tq\2" + b"h\0h\2R" * 9999 + b".",
+    "memo": b"\x80\x02}r\xff\xff\xff\xffj\xff\xff\xff\xfe.",
+    "long string": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x3f.",
+    "long bytearray": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
+    "long number": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "decimals": b"L" + b"9" * 10**6 + b"L\n.",
+    "nested marks": b"\x80\x02" + b"(" * 10**5 + b"t" * 10**5 + b".",
+    "frame": b"\x80\x04\x95" + b"\xff" * 8 + b".",
+    "nothing": b"", "empty stack": b"\x80\x02.", "reduce of nothing": b"\x80\x02R.", "put of nothing": b"\x80\x02q\0.",
+    "mark only": b"\x80\x02(.", "no stop": b"\x80\x02}", "a list": b"\x80\x02].", "a tuple": b"\x80\x02).",
+    "None": b"\x80\x02N.", "a string": b"\x80\x02" + unicode("a") + b".", "a tensor": pickled(tensor()),
+    "a checkpoint of training": pickled({"model": {"emb.weight": tensor()}}),
+    "a name that is no string": pickled({1: tensor()}),
+}
+SHAPES = {
+    "huge": {"shape": (2**40,)}, "huge 2": {"shape": (2**20, 2**20, 2**24), "strides": (0, 0, 0)},
+    "negative": {"shape": (-2, -2)}, "bool": {"shape": (True, 2)}, "float": {"shape": (2.0, 2)},
+    "string": {"shape": "22"}, "number": {"shape": 4}, "none": {"shape": None}, "strings": {"shape": ("2", "2")},
+    "stride 0": {"shape": (2**30, 2), "strides": (0, 1)}, "negative stride": {"strides": (-2, 1), "offset": 3},
+    "far stride": {"strides": (3, 1)}, "huge stride": {"strides": (2**62, 1)}, "few strides": {"strides": (1,)},
+    "offset": {"offset": 1}, "negative offset": {"offset": -1}, "huge offset": {"offset": 2**64},
+    "empty, far away": {"shape": (0, 2), "offset": 2**70}, "more than there is": {"key": "1", "length": 2,
+                                                                                "strides": (0, 1)},
+    "many axes": {"shape": (1,) * 10**5, "strides": (1,) * 10**5}, "no storage": {"key": "7"},
+    "path": {"key": "../data.pkl"}, "absolute": {"key": "/etc/passwd"}, "short": {"length": 5}, "long": {"length": 3},
+    "lies": {"length": 2**31, "shape": (2**16, 2**14), "strides": (2**14, 1)}, "type": {"kind": "IntStorage"},
+    "typeless": {"kind": "float"}, "odd bytes": {"kind": "HalfStorage", "length": 9}, "half": {"kind": "HalfStorage"},
+    "transposed lies": {"strides": (1, 4)},
+}
+HEADERS = {
+    "length": (2**63).to_bytes(8, "little"), "length 2": (2**64 - 1).to_bytes(8, "little") + b"{}", "nothing": b"",
+    "seven bytes": b"\0" * 7, "empty": framed(b""), "no tensors": framed({}), "a list": framed([]),
+    "deep": framed(b"[" * 10**6), "deep dict": framed(b'{"a":' * 10**5), "not text": framed(b"\xff\xfe\xfd{}"),
+    "decimals": framed(b'{"a":' + b"9" * 10**6 + b"}"), "a surrogate": framed(b'{"\\ud800": 1}'),
+    "long product": framed({"a": {"dtype": "F32", "shape": [10**4000] * 999, "data_offsets": [0, 16]}}),
+    "lines": framed({"a\n\x1b[2J\u2028": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}, b"0"),
+}
+ENTRIES = [  # instead of "dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], in a file that is right otherwise
+    *[("shape", shape) for shape in (["a", 10**9], [[0], 10**9], [2.0, 2], [-2, -2], [True, 4], 4, "22", None, [2**40],
+                                     [2**40, 0], {"4": 1}, [4], [2, 2, 1], [1] * 10**5)],
+    *[("dtype", dtype) for dtype in ("I8", "F64", "F16", [], None, "torch FloatStorage")],
+    *[("data_offsets", at) for at in ([0, 17], [1, 17], [-16, 0], [16, 0], [0.0, 16.0], [False, 16], [0, 2**70], [0],
+                                      [16, 32], None, "ab")],
+]
+JUDGE = """
+import contextlib, io, json, os, sys, time, tracemalloc
+import nano_eggroll as E
+os.system = exec = lambda *a: open("executed", "w")
+for path in sorted(os.listdir()):
+    err, began = io.StringIO(), time.perf_counter()
+    tracemalloc.start()
+    with contextlib.redirect_stderr(err):
+        code = E.main(["--load", path, "--eval"])
+    seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(json.dumps([path, code, err.getvalue(), seconds, peak]))
+sys.exit("this" in sys.modules or os.path.exists("executed"))
+"""
+
+
+def test_hostile_files_are_refused_quickly_in_little_memory_and_run_nothing(tmp_path):
+    """One line each, exit code 2, 2 seconds, 64 MB as tracemalloc counts (which slows everything down)."""
+    for i, (name, data) in enumerate(HOSTILE.items()):
+        zipped(tmp_path / f"{name}.pth", data, {"0": bytes(16)})
+        if i % 9 == 0:
+            (tmp_path / f"{name} alone.pth").write_bytes(data)
+    W, headers = official(TINY, 0), dict(HEADERS)
+    for name, wrong in SHAPES.items():
+        write(tmp_path, W, wrong=wrong).rename(tmp_path / f"emb {name}.pth")
+    with zipfile.ZipFile(write(tmp_path, W)) as z:
+        parts = {n: z.read(n) for n in z.namelist()}
+    for name, how, change in ("deflated", 8, {}), ("big-endian", 0, {"some name/byteorder": b"big"}):
+        with zipfile.ZipFile(tmp_path / f"{name}.pth", "w", how) as z:
+            for n, entry in (parts | change).items():
+                z.writestr(n, entry)
+    (tmp_path / "model.pth").unlink()
+    whole = write(tmp_path, W, "F32", "safetensors").read_bytes()
+    at = 8 + int.from_bytes(whole[:8], "little")
+    header, entries = json.loads(whole[8:at]), whole[at:]
+    headers |= {f"entry {i}": framed(header | {"emb.weight": header["emb.weight"] | {key: value}}, entries)
+                    for i, (key, value) in enumerate(ENTRIES)}
+    text = json.dumps(header)
+    gap = {n: t | {"data_offsets": [x + 4 for x in t["data_offsets"]]} if t.get("data_offsets", [0])[0] else t
+           for n, t in header.items()}
+    headers |= {"more": framed(header, entries + b"0000"), "gap": framed(gap, entries + b"0000"),
+                "utf-16": framed(text.encode("utf-16"), entries), "bom": framed(text.encode("utf-8-sig"), entries),
+                "overlap": framed(header | {"emb.weight": header["head.weight"]}, entries)}
+    for name, data in headers.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+    (tmp_path / "model.safetensors").unlink()
+    zipped(tmp_path / "bomb.pth", pickled({"emb.weight": tensor(length=10**7)}), {"0": bytes(4 * 10**7)},
+           compress_type=8)
+    zipped(tmp_path / "pickle bomb.pth", b"\x80\x02" + b"N0" * 10**7, {}, compress_type=8)
+    done = subprocess.run([sys.executable, "-c", JUDGE], cwd=tmp_path, capture_output=True, text=True, timeout=40,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    judged = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(judged) == len(list(tmp_path.iterdir())) > 120
+    bad = [j for j in judged if j[1] != 2 or j[2].count("\n") != 1 or not j[2].rstrip("\n").isprintable()
+           or "not a whole RWKV-7" not in j[2] or j[3] > 2 or j[4] > 64e6]
+    assert not bad
+
+
+@pytest.mark.parametrize("packing", ["together", "safetensors"])
+def test_a_cut_or_a_flipped_byte_is_refused(packing, tmp_path):
+    """All lengths and all bytes. Two kinds of bytes may change and are no error: in a .pth, those that say nothing
+    about the tensors (dates, versions), and then the model is the same; in a .safetensors, which has no checksum, the
+    entries, and the text of the metadata.
+    """
+    path = write(tmp_path, official(TINY, 0), "F32", packing)
+    whole, model = path.read_bytes(), E.load_model(path)
+    header = 8 + int.from_bytes(whole[:8], "little") if packing == "safetensors" else len(whole)
+    rng, accepted = np.random.default_rng(0), 0
+    damaged = [whole[:n] for n in range(len(whole))] + [whole + b"\0"] * (packing == "safetensors")
+    damaged += [whole[:i] + bytes([whole[i] ^ int(rng.integers(1, 256))]) + whole[i + 1:] for i in range(header)]
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            got = E.load_model(path)
+        except E.UserError:
+            continue
+        accepted += 1
+        assert len(data) == len(whole)
+        assert got.sha256() == model.sha256()
+        np.testing.assert_array_equal(got.scale, model.scale)
+    assert accepted < len(whole) // 10
