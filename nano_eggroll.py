@@ -1958,17 +1958,17 @@ class Vocab:
         self.size = -(-(max(self.bytes) + 1) // 64) * 64  # V; the World models have 65,536
         self.end = 0 if path else ord("\n")  # ends an answer; the World models' end of text
         self.lengths: dict[bytes, list[int]] = {}  # of the tokens that start with these two bytes, longest first
-        for token in sorted(self.id, key=len, reverse=True):
+        for token in sorted(self.id, key=len, reverse=True) if path else ():
             if len(token) not in (known := self.lengths.setdefault(token[:2], [])):
                 known.append(len(token))
 
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens of a text, uint16: always the longest that fits."""
-        if len(self.bytes) == 256:
+        if not self.lengths:
             return np.frombuffer(text, np.uint8).astype(np.uint16)
         found, at = [], 0
         while at < len(text):
-            for n in (*self.lengths.get(text[at:at + 2], ()), 1):
+            for n in (*self.lengths.get(text[at:at + 2], ()), 1):  # there is a token for each byte
                 token = text[at:at + n]
                 if token in self.id:
                     break
@@ -2285,7 +2285,7 @@ def load_official(path: Path) -> Model:
     except FileNotFoundError:
         raise UserError(f"no file {path}: give the path of a checkpoint") from None
     except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        why = "".join(c if c.isprintable() else "\ufffd" for c in str(e)[:200]) or type(e).__name__
+        why = printable(str(e)[:200]).replace("\n", " ") or type(e).__name__
         raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({why}): download it again") from None
 
 
@@ -2344,18 +2344,18 @@ def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
 
     A prompt that is held out is not trained on, if it comes twice. Raises UserError.
     """
-    problems = []
+    problems, number = [], 0
     try:
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             if line.strip():
                 p = json.loads(line)
                 if not isinstance(p, dict) or not isinstance(p.get("prompt"), str) or "answer" not in p:
-                    raise ValueError(f"line {number}")
+                    raise ValueError("not such a problem")
                 problems.append(Problem(p["prompt"], p["answer"]))
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give --task text, sums or a file of problems") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not a file of problems ({e}): write one {{"prompt": "...", "answer": ...}} a line'
+        raise UserError(f'{path} is not a file of problems (line {number}: {e}): write one {{"prompt": "...", "answer": ...}} a line'
                         ) from None
     held = problems[len(problems) * 9 // 10:]
     asked = {p.prompt for p in held}
@@ -2441,6 +2441,7 @@ class Task:
 
     fitness: Callable[[Members], ArrayLike]
     validate: Callable[[Model, Backend], float]
+    sample: Callable[[Model, Backend], None]  # prints something that the model writes
     shown: Callable[[float], float]  # a mean fitness as the figure that is shown
     unit: str  # of both figures
     columns: str  # their names in log.csv
@@ -2457,6 +2458,7 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int) -> Task:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
     return Task(predict(train, tokens), lambda model, backend: evaluate(model, backend, val, tokens) / size,
+                lambda model, backend: write_sample(model, backend, vocab, "", 400, 0),
                 lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
                 tokens)
 
@@ -2567,17 +2569,25 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
                                 f"({type(e).__name__}: {e}): correct the function or the problem's answer") from None
         return np.array(found)
 
+    rewards(held[:1], [""])  # a reward that cannot work fails before there is a run
+
     def fitness(members: Members) -> np.ndarray:
         seed, step, _ = members.noise
         chosen = mix(pair_keys(seed, step, np.arange(members.size // ask.group_size))[0] ^ np.uint32(0x5EED))
         problems = [train[i] for i in np.repeat(chosen % len(train), ask.group_size).tolist()]
         return rewards(problems, completions(members, problems, ask.temperature))
 
-    def validate(model: Model, backend: Backend) -> float:
-        members = Members(model, backend, len(held), (0, 0, 0.0))
-        return float((rewards(held, completions(members, held, 0.0)) >= 1).mean())
+    def held_out(model: Model, backend: Backend, count: int) -> list[str]:
+        return completions(Members(model, backend, count, (0, 0, 0.0)), held[:count], 0.0)
 
-    return Task(fitness, validate, float, "accuracy", "train_reward,val_accuracy",
+    def validate(model: Model, backend: Backend) -> float:
+        return float((rewards(held, held_out(model, backend, len(held))) >= 1).mean())
+
+    def sample(model: Model, backend: Backend) -> None:
+        for p, answer in zip(held, held_out(model, backend, min(5, len(held))), strict=False):
+            print(f"{p.prompt}{printable(answer)}   (answer: {p.answer})")
+
+    return Task(fitness, validate, sample, float, "accuracy", "train_reward,val_accuracy",
                 max(len(encoded[p.prompt]) for p in train) + length)
 
 
@@ -2660,20 +2670,26 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
     text.setflags(write=False)
     model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)
-    few = min(es.population, max(2 * cores(), es.population // 32))  # naive ES shares nothing, so a few members do
+    few = min(es.population, max(2 * cores(), es.population // 32))  # where members share nothing, a few of them do
     start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
     state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(es.population // 2))
     answers, given = np.zeros((es.population, T + 1), np.uint16), np.ones(es.population, np.int32)
     ways: dict[str, tuple[Callable[..., object], float]] = {
         "inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
-        "EGGROLL whole step": (backend.score, es.sigma),
+        "EGGROLL whole step": (backend.score, es.sigma), "EGGROLL, one by one": (backend.score, es.sigma),
         "naive ES forward": (lambda *a: naive_score(backend, *a), es.sigma)}
 
     def run(name: str, generate: bool) -> int:
         """One pass over T tokens; returns how many tokens that were."""
         score, sigma = ways[name]
-        members = few if "naive" in name else es.population
-        if not generate and "step" in name:
+        members = few if "naive" in name or "one by one" in name else es.population
+        if "one by one" in name:
+            for i in range(members):
+                if generate:
+                    backend.generate(model, answers[i:i + 1], given[:1], (0, 0, sigma), 0.0, -1)
+                else:
+                    score(model, text, start[i:i + 1], T, (0, 0, sigma))
+        elif not generate and "step" in name:
             es_step(model, backend, replace(es, steps=2**31), predict(text, T))
         elif not generate:
             score(model, text, start[:members], T, (0, 0, sigma))
@@ -2744,7 +2760,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
     p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, like rwkv_vocab_v20230424.txt (bytes)")
     p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, "
-                   "like emb,att.w*; '' for none (with --vocab: emb,head)")
+                   "like emb,att.w*; '' for none (with --load and --vocab: emb,head)")
     for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
         for name in names:
             value = getattr(settings, name)
@@ -2754,7 +2770,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
     p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few "
                    "as together have this probability (1)")
-    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or a --task's accuracy")
+    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or a task's accuracy")
     p.add_argument("--bench", action="store_true", help="measure this machine")
     p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
     return p.parse_args(argv)
@@ -2830,6 +2846,14 @@ def run(a: argparse.Namespace) -> None:
             raise UserError(f"{out}/model.npz is not from a training run: use --load to start one from it")
         es, ask, data = ES(**model.extra["es"]), Asking(**model.extra.get("ask", {})), Path(model.extra["data"])
         vocab_file = Path(model.extra["vocab"]) if model.extra.get("vocab") else None
+    is_text, sampling = ask.task == "text", a.sample is not None
+    of_sums = "--task sums or a file of problems"
+    for names, fits, where in ((["data"], is_text, "--task text"), (["top_p"], sampling, "--sample"),
+                               (["reward", "group_size", "stop"], not is_text, of_sums),
+                               (["length", "temperature"], sampling or not is_text, f"--sample, or {of_sums}")):
+        for name in names:
+            if not fits and getattr(a, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with {where}: leave it out, or add that")
     vocab = Vocab(vocab_file)
     if a.load:
         model = load_model(a.load)
@@ -2838,29 +2862,28 @@ def run(a: argparse.Namespace) -> None:
         if a.tokens is None and "es" in model.extra:
             es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
     elif not a.resume:
-        model = new_model(Config(**shape, vocab=vocab.size), es.seed)
-        if a.bench:
-            return bench(model.cfg, es, make_backend(a.backend, model.cfg, es.rank, a.threads))
-        if a.eval or a.sample is not None:
+        if a.eval or sampling:
             raise UserError("--eval and --sample need a model: add --load model.npz")
+        model = new_model(Config(**shape, vocab=vocab.size), es.seed)
     if model.cfg.vocab != 256 and not vocab_file:
         raise UserError(f"the model has {model.cfg.vocab:,} tokens, not the 256 bytes: give their file with --vocab")
     if model.cfg.vocab < vocab.size:
         raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give its own --vocab")
     if not a.resume:
-        freeze = a.freeze if a.freeze is not None else "emb,head" if vocab_file else ""
+        freeze = a.freeze if a.freeze is not None else "emb,head" if vocab_file and a.load else ""
         model.cfg = replace(model.cfg, freeze=tuple(part.strip() for part in freeze.split(",") if part.strip()))
 
     def backend() -> Backend:
         return make_backend(a.backend, model.cfg, es.rank, a.threads)
 
-    if a.sample is not None:
+    if a.bench:
+        return bench(model.cfg, es, backend())
+    if sampling:
         how = {"length": a.length or 400, "seed": es.seed, "top_p": a.top_p or 1.0,
                "temperature": 0.7 if a.temperature is None else a.temperature}
         write_sample(model, backend(), vocab, a.sample, **how)
         if not a.eval:
             return None
-    is_text = ask.task == "text"
     text, val_text = read_text(data) if is_text else (b"", b"")
     task = text_task(text, val_text, vocab, es.tokens) if is_text else answer_task(ask, vocab, es.population)
     if a.eval:
@@ -2885,8 +2908,7 @@ def run(a: argparse.Namespace) -> None:
     figure = train(model, engine, es, task, out)
     if a.plot:
         plot(out, marks, task)
-    if is_text:
-        write_sample(model, engine, vocab, "", 400, es.seed)
+    task.sample(model, engine)
     print(f"model {out / 'model.npz'}")
     print(f"{task.unit} {figure:.4f}")
     print(f"weights sha256 {model.sha256()}")
@@ -2901,9 +2923,13 @@ def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *arg
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in generate(model, backend, tokens, *args, **how):
         text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
-        # Control characters are not for the terminal.
-        print("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text), end="", flush=True)
+        print(printable(text), end="", flush=True)
     print("\n---")
+
+
+def printable(text: str) -> str:
+    """A text without what could change the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,6 +70,7 @@ def configs(draw, most=24):
         dim=head_size * draw(st.integers(1, max(1, most // head_size))), head_size=head_size,
         layers=draw(st.integers(1, 3)), vocab=draw(st.integers(2, 70)), ffn=draw(st.integers(1, 70)),
         lora=draw(st.tuples(*[st.integers(1, 20)] * 4)),
+        freeze=draw(st.sampled_from([(), (), ("emb", "head"), ("att.*1", "ln_x"), ("blocks.0",), ("ffn", "x_?")])),
     )
 
 
@@ -98,7 +99,7 @@ def explicit(model, noise, member):
     whole = {}
     for name, p in model.cfg.params.items():
         A, B = E.factors(model.cfg, p, (noise.keys[0][[member]], noise.keys[1][[member]]), noise.rank)
-        AB = np.einsum("ko,ki->oi", A[0].astype(float), B[0].astype(float))
+        AB = np.einsum("ko,ki->oi", A[0].astype(float), B[0].astype(float)) * (p.word >= 0)
         whole[name] = model.weight(name) + float(noise.c[member]) * (AB if p.cols else AB[:, 0])
     return whole
 
@@ -156,7 +157,7 @@ def test_update_of_one_pair_shows_the_noise_that_the_definition_gives(backend, c
             first = p.word + k * cfg.sizes[2]
             b = hash_bit(seed, step, pair, first + E.words(p.out) + i // 32, i % 32) if p.cols else 1
             total += hash_bit(seed, step, pair, first + o // 32, o % 32) * b
-        assert m.weight(name).reshape(p.out, -1)[o, i] == total
+        assert m.weight(name).reshape(p.out, -1)[o, i] == (total if p.word >= 0 else 0)
 
 
 @given(configs())
@@ -167,7 +168,7 @@ def test_parameters_share_no_weight_no_scale_and_no_noise(cfg):
         (lambda p: p.row, lambda p: p.out, rows),
         (lambda p: p.word, lambda p: E.words(p.out) + E.words(p.cols), words),
     ):
-        params = sorted(cfg.params.values(), key=first)
+        params = sorted((p for p in cfg.params.values() if first(p) >= 0), key=first)
         for a, b in itertools.pairwise(params):
             assert first(a) + length(a) <= first(b)
         assert first(params[-1]) + length(params[-1]) <= end
@@ -205,7 +206,7 @@ def test_the_two_members_of_a_pair_average_to_the_base_weights(cfg, seed, step, 
     for i in (0, 2, 4):
         plus, minus = explicit(m, noise, i), explicit(m, noise, i + 1)
         for name in cfg.params:
-            assert (plus[name] != minus[name]).any() or rank % 2 == 0
+            assert (plus[name] != minus[name]).any() or rank % 2 == 0 or cfg.params[name].word < 0
             np.testing.assert_allclose((plus[name] + minus[name]) / 2, m.weight(name), rtol=0, atol=1e-12)
 
 
@@ -371,6 +372,84 @@ def test_a_score_does_not_depend_on_who_else_is_in_the_population(backend, order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@every_backend
+@given(configs(), SEEDS, RANKS, st.integers(2, 12), st.sampled_from([0.0, 0.5, 1.0]), st.data())
+@examples(6)
+def test_what_a_member_writes_costs_it_what_reading_does(backend, cfg, seed, rank, T, temperature, data):
+    """And what is given stays; greedily, each token that it writes is the likeliest."""
+    m, b, noise = random_model(cfg), E.make_backend(backend, cfg, rank), (seed, 3, 1.5)
+    given = np.array(data.draw(st.lists(st.integers(1, T), min_size=1, max_size=40)), np.int32)
+    P = len(given)
+    text = random_text(cfg, P * T).reshape(P, T).copy()
+    before = text.copy()
+    cost = b.generate(m, text, given, noise, temperature, -1)
+    read, logits, _ = run(b, m, text.ravel(), np.arange(P) * T, T - 1, noise)
+    np.testing.assert_array_equal(cost, read)
+    own = np.arange(T) >= given[:, None]
+    np.testing.assert_array_equal(text[~own], before[~own])
+    if not temperature:
+        np.testing.assert_array_equal(text[:, 1:][own[:, 1:]], logits.argmax(-1)[own[:, 1:]])
+
+
+@every_backend
+@given(configs(), SEEDS, st.integers(1, 40), st.sampled_from([0.0, 1.0]))
+@examples(6)
+def test_members_stop_at_the_stop_token_and_not_before(backend, cfg, seed, members, temperature):
+    m, b = random_model(cfg), E.make_backend(backend, cfg, 1)
+    everyone = E.Members(m, b, members, (seed, 2, 2.0))
+    prompts = [random_text(cfg, 1 + i % 4, i).tolist() for i in range(members)]
+    free = everyone.answer(prompts, 9, -1, temperature)
+    stop = int(free[0][seed % 9])  # a token that occurs
+    for whole, cut in zip(free, everyone.answer(prompts, 9, stop, temperature), strict=True):
+        assert len(whole) == 9
+        n = whole.tolist().index(stop) if stop in whole else 9
+        np.testing.assert_array_equal(cut, whole[:n])
+
+
+@every_backend
+@given(configs(), SEEDS, st.integers(1, 4), st.sampled_from([0.0, 0.8]))
+@examples(6)
+def test_one_at_a_time_equals_the_first_of_a_population(backend, cfg, seed, prompt, temperature):
+    """Token by token on this side, as --sample does, or in the kernel: the same model, the same draws."""
+    m, b, start = random_model(cfg), E.make_backend(backend, cfg, 1), random_text(cfg, prompt)
+    want = E.Members(m, b, 3, (seed, 0, 0.0)).answer([start] * 3, 10, -1, temperature)
+    assert list(E.generate(m, b, start, 10, seed, temperature)) == want[0].tolist() == want[1].tolist()
+
+
+def test_choice_draws_from_the_softmax_and_a_pair_draws_alike():
+    logits = np.random.default_rng(0).normal(0, 2, 20).astype(np.float32)
+    keys = E.pair_keys(5, 6, np.arange(40000) // 2)
+    for temperature in (0.5, 1.0, 2.0):
+        tokens = E.choose(np.tile(logits, (40000, 1)), keys, 1000, temperature)
+        np.testing.assert_array_equal(tokens[::2], tokens[1::2])
+        p = np.exp(logits.astype(float) / temperature)
+        p /= p.sum()
+        share = np.bincount(tokens[::2], minlength=20) / 20000
+        assert (abs(share - p) < 5 * np.sqrt(p / 20000) + 1e-4).all()
+    assert (E.choose(np.tile(logits, (9, 1)), keys, 0, 0.0) == logits.argmax()).all()
+
+
+@needs_c
+def test_top_p_draws_only_from_the_likeliest():
+    cfg = E.Config(dim=8, layers=1, head_size=4, vocab=30)
+    m, b, start = random_model(cfg), E.make_backend("c", cfg, 1), np.array([3], np.uint16)
+    m.scales("head.weight")[:] *= 8  # logits that differ
+    logits = np.zeros((1, 1, 30), np.float32)
+    b.score(m, np.array([3, 0], np.uint16), np.zeros(1, np.int64), 1, (0, 0, 0.0), E.zero_state(cfg, 1), logits)
+    p = np.exp(logits[0, 0].astype(float))
+    order = np.argsort(-p)
+    for top_p in (0.3, 0.6, 0.9):
+        few = 1 + int((np.cumsum(p[order]) < top_p * p.sum()).sum())
+        drawn = {next(E.generate(m, b, start, 1, seed, 1.0, top_p)) for seed in range(400)}
+        assert drawn <= set(order[:few].tolist())
+        assert len(drawn) > few / 2
+    assert next(E.generate(m, b, start, 1, 0, 1.0, 1e-9)) == order[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The update and the step
 
 
@@ -388,7 +467,7 @@ def test_update_equals_the_sum_of_outer_products(backend, cfg, seed, rank, pairs
         Z = np.zeros((p.out, max(p.cols, 1)), np.int64)
         for i in range(pairs):
             for k in range(rank):
-                Z += int(f[i]) * np.outer(A[i, k].astype(np.int64), B[i, k])
+                Z += int(f[i]) * np.outer(A[i, k].astype(np.int64), B[i, k]) * (p.word >= 0)  # frozen if below
         at = slice(p.at, p.at + p.size)
         move = np.rint(np.clip(Z.astype(np.float32) * np.float32(gain), -2**21, 2**21)).astype(np.int64).ravel()
         total = before.residual[at] + move
@@ -420,6 +499,20 @@ def test_shaped_fitness_is_odd_scale_free_and_clipped(d):
     if d.any():
         x = np.clip(d / math.sqrt(np.mean(d.astype(float) ** 2)), -3, 3) * 127 / 3
         np.testing.assert_allclose(f, x, atol=0.501)
+
+
+@needs_c
+def test_fitness_must_be_a_number_for_each_member_and_what_is_not_finite_is_left_out():
+    cfg, es = E.Config(dim=8, layers=1, head_size=4, vocab=9), E.ES(population=8, steps=9, lr=9)
+    b, scores = E.make_backend("c", cfg, 1), np.arange(8.0) ** 2
+    one, two, three = (E.new_model(cfg, 1) for _ in range(3))
+    E.es_step(one, b, es, lambda members: [*scores[:4], np.nan, 1, -np.inf, np.inf])
+    E.es_step(two, b, es, lambda members: [*scores[:4], 5, 5, 6, 6])
+    E.es_step(three, b, es, lambda members: scores)
+    assert one.sha256() == two.sha256() != three.sha256()
+    for bad in (3.0, scores[:7], scores[:, None]):
+        with pytest.raises(E.UserError, match="one number for each of the 8 members"):
+            E.es_step(one, b, es, lambda members, bad=bad: bad)
 
 
 @given(st.integers(40, 10**6), st.integers(1, 39), SEEDS, st.integers(0, 1000))
@@ -661,6 +754,27 @@ BAD = {
     "resume with settings": (["--resume", "--out", "fresh", "--lr", "1"], "--resume"),
     "out has a model": (["--out", "taken"], "taken"),
     "out has a log": (["--out", "logged"], "logged"),
+    "frozen nothing": (["--freeze", "nothing"], "nothing"),
+    "frozen all": (["--freeze", "*"], "leaves nothing"),
+    "no vocabulary": (["--vocab", "nowhere"], "nowhere"),
+    "no problems": (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
+    "problems that are none": (["--task", "short.txt"], "line 1"),
+    "problems without an answer": (["--task", "unanswered.jsonl"], "line 2"),
+    "too few problems": (["--task", "one.jsonl"], "one.jsonl"),
+    "no such reward": (["--task", "sums", "--reward", "best"], "best"),
+    "no such module": (["--task", "sums", "--reward", "nowhere:best"], "nowhere:best"),
+    "no such function": (["--task", "sums", "--reward", "os:best"], "os:best"),
+    "a reward that fails": (["--task", "sums", "--reward", "os:system"], "failed"),
+    "a reward of another answer": (["--task", "sums", "--reward", "countdown"], "failed"),
+    "odd group": (["--task", "sums", "--group-size", "3"], "--group-size 3"),
+    "large group": (["--task", "sums", "--group-size", "2048"], "--group-size 2048"),
+    "long stop": (["--task", "sums", "--stop", "ab"], "'ab'"),
+    "reward of a text": (["--reward", "exact"], "--reward"),
+    "data of a task": (["--task", "sums", "--data", "short.txt"], "--data"),
+    "temperature": (["--task", "sums", "--temperature", "-1"], "-1"),
+    "length": (["--task", "sums", "--length", "-1"], "-1"),
+    "top-p": (["--load", "nowhere.npz", "--sample", "x", "--top-p", "2"], "--top-p 2"),
+    "top-p without a sample": (["--top-p", "0.5"], "--top-p"),
 }
 
 
@@ -669,6 +783,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_bytes(b"")
     Path("short.txt").write_bytes(b"x" * 300)
+    Path("one.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    Path("unanswered.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}')
     for taken in ("taken/model.npz", "logged/log.csv"):
         Path(taken).parent.mkdir()
         Path(taken).write_bytes(b"precious")
@@ -1341,13 +1457,13 @@ def test_bench_prints_a_line_for_each_way_and_the_ratio(backend, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{backend}: D=8 L=1 N=4 V=256 T=5 rank 1 population 64")
     speeds = {}
-    for line in out[2:6]:
+    for line in out[2:7]:
         name, numbers = line[:28].strip(), re.findall(r"([\d,]+) +\[([\d,]+), ([\d,]+)\] +([\d.]+)x", line)
         assert len(numbers) == 2
         for mid, low, high, _ in numbers:
             assert 0 < int(low.replace(",", "")) <= int(mid.replace(",", "")) <= int(high.replace(",", ""))
         speeds[name] = [int(mid.replace(",", "")) for mid, *_ in numbers]
-    ratios = [float(r) for r in re.findall(r"naive ES: ([\d.]+) in scoring, ([\d.]+) in generation", out[6])[0]]
+    ratios = [float(r) for r in re.findall(r"naive ES: ([\d.]+) in scoring, ([\d.]+) in generation", out[7])[0]]
     for i in range(2):
         assert abs(speeds["EGGROLL forward"][i] / speeds["naive ES forward"][i] - ratios[i]) < 0.06 + 0.01 * ratios[i]
 
@@ -1374,6 +1490,220 @@ def test_naive_es_is_a_model_with_explicit_noise(cfg, seed, T):
             if p.cols and name != "emb.weight":
                 naive.weight(name)[:] += noise[table[name]:table[name] + p.size].reshape(p.out, p.cols).astype(np.int8)
         assert b.score(naive, text, start[[member]], T, (0, 0, 0.0))[0] == cost[member]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens, problems and rewards
+
+
+def vocab_file(path, tokens):
+    """A file of tokens as RWKV World's: text as a string literal, other bytes as a bytes literal."""
+    lines = []
+    for i, token in tokens.items():
+        shown = repr(token.decode()) if token.isascii() and i % 2 else repr(token)
+        lines.append(f"{i} {shown} {len(token)}")
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+@given(st.lists(st.binary(min_size=2, max_size=6), max_size=40), st.data())
+@examples(30)
+def test_tokens_are_the_longest_that_fit_and_give_the_bytes_back(tmp_path_factory, more, data):
+    every = {bytes([b]) for b in range(256)} | set(more) | {token[:3] for token in more}
+    tokens = dict(enumerate(sorted(every), 1))
+    vocab = E.Vocab(vocab_file(tmp_path_factory.mktemp("vocab") / "vocab.txt", tokens))
+    text = b"".join(data.draw(st.lists(st.one_of(st.binary(max_size=9), *[st.sampled_from(m) for m in [more] if m]))))
+    found = vocab.encode(text)
+    assert vocab.decode(found) == text
+    at = 0
+    for i in found.tolist():  # by trying all tokens
+        assert tokens[i] == max((token for token in every if text.startswith(token, at)), key=len)
+        at += len(tokens[i])
+    assert E.Vocab().encode(text).tolist() == list(text)
+    assert vocab.size % 64 == 0
+    assert vocab.size > max(tokens)
+
+
+BYTES = {i + 1: bytes([i]) for i in range(256)}
+BAD_VOCAB = {
+    "a byte is missing": {i: b for i, b in BYTES.items() if b != b"q"}, "a number too large": {**BYTES, 65536: b"ab"},
+    "no bytes": {**BYTES, 300: b""}, "a wrong length": "1 'ab' 3", "no literal": "1 __import__('os') 3",
+    "not a string": "1 [1,2] 2", "no number": "x 'a' 1", "twice": "1 'a' 1\n1 'b' 1", "words": "hello", "nothing": "",
+    "deep": "1 " + "(" * 10**5 + " 1", "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_VOCAB)
+def test_a_bad_vocabulary_is_refused(bad, tmp_path):
+    path, what = tmp_path / "vocab.txt", BAD_VOCAB[bad]
+    if isinstance(what, dict):
+        vocab_file(path, what)
+    else:
+        path.write_bytes(what if isinstance(what, bytes) else what.encode())
+    with pytest.raises(E.UserError, match="no vocabulary"):
+        E.Vocab(path)
+
+
+REWARDED = [  # reward, completion, answer, score
+    ("exact", " 95 ", "95", 1), ("exact", "95", 95, 1), ("exact", "95.", "95", 0), ("exact", "", "95", 0),
+    ("number", "so 3 + 4 = 7.", "#### 7", 1), ("number", "7 or 8", "7", 0), ("number", "1,234", "1234", 1),
+    ("number", "-5", "5", 0), ("number", "2.50", "2.5", 1), ("number", "none", "7", 0), ("number", "", "none", 0),
+    ("number", "it is 12", 12, 1), ("number", "1e5,", "5", 1), ("contains", "the cat sat", "cat", 1),
+    ("contains", "the dog", "cat", 0), ("digits", "95", "95", 1), ("digits", "", "95", 0),
+    *[("countdown", text, {"numbers": [3, 5, 8, 2], "target": 24}, score) for text, score in (
+        ("(8-5)*3*2+6", 0), ("3*8*(5-2*2)", 0), ("8*3*(5-2)/3", 0), ("(5-2)*8*3", 0), ("8*(5-3)*2", 0), ("", 0),
+        ("3*(5+2)+8", 0), ("24", 0), ("(3*5-2)+8", 0), ("8*5-3*2", 0), ("__import__('os')", 0), ("3**8", 0), ("8//3", 0))],
+    *[("countdown", text, {"numbers": [3, 5, 8], "target": 16}, score) for text, score in (
+        ("3+5+8", 1), ("8 + (5 + 3) = 16", 1), ("<answer>(3+5)+8</answer>", 1), ("3+5+8\nand more", 1), ("8+8", 0),
+        ("3+5+8+0", 0), ("3+13", 0), ("(3+5)*8/4", 0), ("3+5+8+", 0), ("-(-3)+5+8", 0), ("3.0+5+8", 0),
+        ("True+2+5+8", 0), ("(" * 150 + "3", 0), ("3+5+8 or", 0), ("8+5+" + "3" * 500, 0))],
+    ("countdown", "6/(1-3/4)", {"numbers": [1, 3, 4, 6], "target": 24}, 1),  # by fractions
+    ("countdown", "1/(1-1)", {"numbers": [1, 1, 1], "target": 1}, 0),
+]
+
+
+@pytest.mark.parametrize(("reward", "completion", "answer", "score"), REWARDED)
+def test_rewards(reward, completion, answer, score):
+    assert E.REWARDS[reward]("a prompt", completion, answer) == score
+
+
+@given(st.text("0123456789 -", max_size=6), st.integers(0, 200))
+def test_partial_credit_is_less_than_full(completion, answer):
+    score = E.REWARDS["digits"]("", completion, str(answer))
+    assert 0 <= score <= 1
+    assert (score == 1) == (completion == str(answer))
+
+
+def test_countdown_accepts_the_solutions_of_its_own_generator(tmp_path):
+    command = [sys.executable, HERE / "data" / "make_countdown.py", "--problems", "300", "--out", tmp_path / "a.jsonl"]
+    assert subprocess.run([*command, "--count", "4"], capture_output=True, check=False).returncode == 0
+    problems = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len({p["prompt"] for p in problems}) == 300
+    for p in problems:
+        assert E.countdown(p["prompt"], p["solution"], p["answer"]) == 1
+        assert E.countdown(p["prompt"], p["solution"] + "+0", p["answer"]) == 0
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 2  # not overwritten
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_sums_that_are_held_out_are_not_trained_on_in_either_order():
+    train, held = E.sums()
+    assert len(train) + len(held) == 10000
+    assert 900 < len(held) < 1100
+    asked = {p.prompt for p in held}
+    for p in train + held:
+        a, b = map(int, re.fullmatch(r"(\d+)\+(\d+)=", p.prompt).groups())
+        assert p.answer == str(a + b)
+        assert (p.prompt in asked) == (f"{b}+{a}=" in asked)
+
+
+def test_problems_that_are_held_out_are_not_trained_on(tmp_path):
+    problems = [{"prompt": f"p{i % 35}", "answer": i} for i in range(50)]
+    (tmp_path / "p.jsonl").write_text("\n\n".join(map(json.dumps, problems)))
+    train, held = E.read_problems(tmp_path / "p.jsonl")
+    assert [p.answer for p in held] == [45, 46, 47, 48, 49]
+    assert not {p.prompt for p in train} & {p.prompt for p in held}
+    assert [p.answer for p in train] == [i for i in range(45) if not 10 <= i % 35 < 15]
+
+
+@needs_c
+@given(st.sampled_from([2, 4, 8]), SEEDS)
+@examples(3)
+def test_a_group_gets_one_problem_of_those_to_train_on(group, seed):
+    asked = []
+    with mock.patch.dict(E.REWARDS, {"spy": lambda *problem: asked.append(problem) or float(len(asked))}):
+        task = E.answer_task(E.Asking(task="sums", reward="spy", group_size=group), E.Vocab(), 16)
+        train, _ = E.sums()
+        m = E.new_model(E.Config(dim=8, head_size=4), 0)
+        for step in range(3):
+            del asked[:]
+            task.fitness(E.Members(m, E.make_backend("c", m.cfg, 1), 16, (seed, step, 1.0)))
+            prompts = [prompt for prompt, _, _ in asked]
+            assert all(len(set(prompts[i:i + group])) == 1 for i in range(0, 16, group))
+            assert len(set(prompts)) > 1
+            assert {(prompt, answer) for prompt, _, answer in asked} <= {tuple(p) for p in train}
+
+
+USERS = """
+def letter(prompt, completion, answer):
+    return sum(c in answer for c in completion) / 16
+"""
+
+
+@needs_c
+def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, capsys):
+    """A reward of the user's; a run that is interrupted ends as if it had not been."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine_for_test.py").write_text(USERS)
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}", "answer": "etaoinshrdlu"}) + "\n" for i in range(40)))
+    args = ["--dim", "16", "--layers", "1", "--population", "512", "--steps", "150", "--lr", "3", "--task", "p.jsonl",
+            "--reward", "mine_for_test:letter", "--length", "16", "--group-size", "4", "--temperature", "1"]
+    assert E.main([*args, "--out", "whole"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    log = Path("whole/log.csv").read_text().splitlines()
+    assert log[0] == "step,seconds,tokens,train_reward,val_accuracy,tokens_per_s"
+    assert float(log[-1].split(",")[3]) > 0.4 > 0.1 > float(log[1].split(",")[3])
+    assert re.fullmatch(r"accuracy [01]\.\d{4}", out[-2])
+    assert E.main(["--load", "whole/model.npz", "--task", "p.jsonl", "--reward", "mine_for_test:letter", "--length", "16",
+                   "--eval"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == out[-2]
+
+    def interrupted(fitness, after=25):
+        def until(members):
+            if members.noise[1] == after:
+                raise E.UserError("enough")
+            return fitness(members)
+        return until
+
+    evolve = E.evolve
+    monkeypatch.setattr(E, "evolve", lambda m, fitness, *rest: evolve(m, interrupted(fitness), *rest))
+    assert E.main([*args, "--out", "parts"]) == 2
+    assert E.load_model(Path("parts/model.npz")).step == 25
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert E.main(["--resume", "--out", "parts"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == out[-1]
+
+
+@needs_c
+def test_main_trains_on_tokens_of_a_vocabulary_and_goes_on_with_embedding_and_head_frozen(tmp_path, capsys):
+    """Bits are counted by the byte, so a model that says nothing needs as many as its tokens' number says."""
+    tokens = {**BYTES, **{300 + i: word for i, word in enumerate((b" the", b"the ", b"an", b"on", b" big"))}}
+    vocab = ["--vocab", str(vocab_file(tmp_path / "vocab.txt", tokens))]
+    (tmp_path / "text").write_bytes(b"the man on the big van ran on and on " * 60)
+    args = [*small(tmp_path, "--data", str(tmp_path / "text")), *vocab]
+    assert E.main(args) == 0
+    out = capsys.readouterr().out.splitlines()
+    val = E.Vocab(tmp_path / "vocab.txt").encode(E.read_text(tmp_path / "text")[1])
+    first = [float(line.split("validation ")[1].split()[0]) for line in out if line.startswith("step 0")]
+    size = len(b"".join(tokens[int(i)] for i in val[1:]))
+    assert abs(first[0] - math.log2(320) * (len(val) - 1) / size) < 0.01
+    load = ["--load", str(tmp_path / "run" / "model.npz")]
+    assert E.main([*load, *vocab, "--data", str(tmp_path / "text"), "--population", "64", "--steps", "3", "--lr", "2",
+                   "--out", str(tmp_path / "on")]) == 0
+    capsys.readouterr()
+    zero, one, two = E.new_model(E.Config(dim=16, vocab=320), 0), *(E.load_model(tmp_path / n / "model.npz")
+                                                                    for n in ("run", "on"))
+    for name in one.cfg.params:
+        assert (one.weight(name) != zero.weight(name)).any(), name
+        assert (two.weight(name) == one.weight(name)).all() == (name in ("emb.weight", "head.weight")), name
+    assert E.main([*load, *vocab, "--sample", "the big", "--length", "5"]) == 0
+    assert "the big" in capsys.readouterr().out
+    assert E.main([*load, "--sample", "the big"]) == 2
+    assert "--vocab" in capsys.readouterr().err
+
+
+@needs_c
+def test_the_example_of_the_readme_learns(capsys):
+    """As it stands there, but for fewer steps."""
+    code = re.search(r"\n\n((?:    .*\n|\n)*?    E\.evolve\(.*\n)", (HERE / "README.md").read_text())[1]
+    assert "steps=300" in code
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    exec("\n".join(line[4:] for line in code.replace("steps=300", "steps=150").splitlines()), {})  # noqa: S102
+    means = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(means) == 150
+    assert means[-1] > 2 * means[0] > 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1499,7 +1829,7 @@ def unscaled(m):
 @examples(60)
 def test_every_weight_of_a_checkpoint_comes_back(tmp_path_factory, cfg, seed, kind, packing, unused):
     """Within half an int8 step, whose size is that of the row's largest weight / 127."""
-    cfg = replace(cfg, lora=(*cfg.lora[:2], cfg.lora[2] if cfg.layers > 1 else 1, cfg.lora[3]))
+    cfg = replace(cfg, freeze=(), lora=(*cfg.lora[:2], cfg.lora[2] if cfg.layers > 1 else 1, cfg.lora[3]))
     W = official(cfg, seed, kind)
     more = {f"blocks.0.att.v{i}": np.ones((3, 2), np.float32) for i in range(3 * unused)}  # some files have them
     m = E.load_model(write(tmp_path_factory.mktemp("pth"), W | more, kind, packing))
