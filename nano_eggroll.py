@@ -1215,7 +1215,8 @@ INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
 }
 
 #if BATCH
-// `choose` in Python: the token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0
+// `choose` in Python: the token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
+// SYNC comes after it.
 FUNCTION vi choose(Model *m, float heat, int at) {
   #define PICK(mask, a, b) (((a) & (mask)) | ((b) & ~(mask)))
   vf best = splat(-3e38f);
@@ -1230,7 +1231,6 @@ FUNCTION vi choose(Model *m, float heat, int at) {
   }
 #ifdef __CUDACC__  // of what the warps have found, the best and, of equals, the first
   FAST(Fast, s, m->s);
-  SYNC;
   s->part[0][WARP][LANE] = best;
   s->part[1][WARP][LANE] = I2F(found);
   SYNC;
@@ -1239,7 +1239,6 @@ FUNCTION vi choose(Model *m, float heat, int at) {
     const int v = (int)s->part[1][w][LANE];
     if (z > best || (z == best && v < found)) best = z, found = v;
   }
-  SYNC;
 #endif
   return found;
 }
@@ -2624,7 +2623,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> floa
                     save_model(model, out / "model.npz")
                 left = (es.steps - model.step) * per_step / speed
                 line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} "
-                        f"{task.unit}  {speed / 1e3:,.0f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
+                        f"{task.unit}  {speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
                 print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
             return stop
 

@@ -542,9 +542,10 @@ def assert_equals_numpy(backend, seed, T, members, sigma):
             _, logits, state = run(backend, m, text, start + t, 1, (seed, 4, s), state)
             np.testing.assert_array_equal(logits[:, 0], two[1][:, t])
         given = np.random.default_rng(seed).integers(1, 4, members).astype(np.int32)
-        for temperature, stop in (0.0, -1), (0.9, 1):  # and generation
+        # And generation, by a model whose tokens are all equally likely, too.
+        for model, temperature, stop in (m, 0.0, -1), (m, 0.9, 1), (E.new_model(cfg, 0), 0.0, -1):
             written = [text[start[:, None] + np.arange(4 + T % 5)] for _ in range(2)]
-            costs = [b.generate(m, w, given, (seed, 4, s), temperature, stop)
+            costs = [b.generate(model, w, given, (seed, 4, s), temperature, stop)
                      for b, w in zip((backend, numpy), written, strict=True)]
             np.testing.assert_array_equal(*written)
             np.testing.assert_array_equal(*costs)
@@ -1328,6 +1329,8 @@ def test_the_interpreter_multiplies_as_the_manual_says(simt_folder):
 @given(configs(most=40), SEEDS, RANKS, st.integers(1, 70), st.integers(1, 5), st.sampled_from([600, 750, 800]),
        st.sampled_from([1000, 232448]))
 @example(E.Config(dim=144, layers=2, head_size=16, vocab=40, ffn=100), 1, 1, 9, 3, 800, 232448)  # 16 warps
+@example(E.Config(dim=20, layers=2, head_size=5, vocab=30, ffn=30, freeze=("emb", "head", "att.w*", "ln?", "key")),
+         1, 2, 9, 3, 800, 232448)
 @examples(6)
 def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, seed, rank, T, members, arch, shared):
     backend = E.KernelBackend(cfg, rank, "cuda", lambda source: Simt(source, simt_folder, arch, shared=shared))
