@@ -1927,6 +1927,48 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
 # The method ends here. What follows: text, yardsticks, files of models, problems and rewards, training, command line.
 
 
+def cuda_device() -> str:
+    """Name of the GPU; raises UserError where there is none, saying why."""
+    try:
+        import cupy
+    except ImportError as e:
+        raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
+    try:
+        driver = cupy.cuda.runtime.driverGetVersion()
+        if not driver:
+            raise UserError("no NVIDIA driver was found: install one, or use --backend c")
+        if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
+            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update "
+                            f"it, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
+        return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    except UserError:
+        raise
+    except Exception as e:  # noqa: BLE001
+        raise cuda_trouble(e) from None
+
+
+def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> Backend:
+    """The named backend, or the fastest that works here: cuda, c, numpy."""
+    for choice in [name] if name else ["cuda", "c", "numpy"]:
+        try:
+            if choice == "cuda":
+                cuda_device()
+                return KernelBackend(cfg, rank, choice, CudaLauncher)
+            if choice == "c":
+                return KernelBackend(cfg, rank, choice, lambda source: CLauncher(source, threads or cores()))
+        except UserError as e:
+            if name:
+                raise
+            if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
+                slower = "c" if choice == "cuda" else "numpy, which is much slower"
+                print(f"note: {e}; going on with {slower}", file=sys.stderr)
+    return NumpyBackend(cfg, rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and tokens
+
+
 class Vocab:
     """Tokens and their bytes: each byte is one or, with a file, as the RWKV World models have them."""
 
@@ -2008,6 +2050,10 @@ def yardsticks(path: Path, text: bytes, val_text: bytes) -> dict[str, float]:
     if path == DATA and entropy.exists():
         found["true entropy"] = float(entropy.read_text())
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of models: our own, and official checkpoints
 
 
 ARRAYS = ("q", "scale", "residual")  # a model's arrays
@@ -2288,6 +2334,10 @@ def load_official(path: Path) -> Model:
         raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({why}): download it again") from None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
 def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int) -> float:
     """Bits that it takes to predict a text (all its tokens but the first), in segments of T tokens from state zero."""
     whole = np.arange(0, len(text) - tokens, tokens)
@@ -2319,6 +2369,23 @@ def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, se
         prompt = np.array([token], np.uint16)
 
 
+def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *args: Any, **how: Any) -> None:
+    """Print a prompt and its continuation, as it comes; the other arguments are those of `generate`."""
+    print("--- sample\n" + prompt, end="")
+    tokens = vocab.encode(prompt.encode(errors="surrogateescape"))
+    tokens = tokens if len(tokens) else np.array([vocab.end], np.uint16)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in generate(model, backend, tokens, *args, **how):
+        text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
+        print(printable(text), end="", flush=True)
+    print("\n---")
+
+
+def printable(text: str) -> str:
+    """A text without what could change the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems with answers that a function can check
 
@@ -2343,19 +2410,18 @@ def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
 
     A prompt that is held out is not trained on, if it comes twice. Raises UserError.
     """
-    problems, number = [], 0
+    problems, line = [], ""
     try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            if line.strip():
-                p = json.loads(line)
-                if not isinstance(p, dict) or not isinstance(p.get("prompt"), str) or "answer" not in p:
-                    raise ValueError("not such a problem")
-                problems.append(Problem(p["prompt"], p["answer"]))
+        for line in filter(str.strip, path.read_text("utf-8").splitlines()):
+            p = json.loads(line)
+            if not isinstance(p, dict) or not isinstance(p.get("prompt"), str) or "answer" not in p:
+                raise ValueError("not a problem")
+            problems.append(Problem(p["prompt"], p["answer"]))
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): give --task text, sums or a file of problems") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f'{path} is not a file of problems (line {number}: {e}): write one {{"prompt": "...", "answer": ...}} a line'
-                        ) from None
+        raise UserError(f"{path} is not a file of problems ({e} in {line[:60]!r}): write one "
+                        '{"prompt": "...", "answer": ...} a line') from None
     held = problems[len(problems) * 9 // 10:]
     asked = {p.prompt for p in held}
     train = [p for p in problems if p.prompt not in asked]
@@ -2364,8 +2430,9 @@ def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
     return train, held
 
 
-def digits(prompt: str, completion: str, answer: str) -> float:
+def digits(prompt: str, completion: str, answer: Any) -> float:
     """1 for the exact answer, else up to 1/2: the share of its characters that are in their place."""
+    answer = str(answer)
     right = sum(a == b for a, b in zip(completion, answer, strict=False))
     return 1.0 if completion == answer else 0.5 * right / max(len(answer), len(completion), 1)
 
@@ -2431,7 +2498,25 @@ def reward_function(name: str) -> Reward:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks
+# Tasks: what a run trains for
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How problems are asked and answered."""
+
+    task: str = "text"  # text to predict, sums, or a file of problems
+    reward: str = ""  # of REWARDS or module:function; by default digits for sums, exact for others
+    group_size: int = 2  # members who get the same problem
+    length: int = 0  # tokens of an answer, at most; by default 4 for sums, 256 for others
+    temperature: float = 0.0
+    stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"--temperature {self.temperature} is out of range: choose 0 to 100")
+        if self.length < 0:
+            raise UserError(f"--length {self.length} is out of range: choose 1 or more")
 
 
 @dataclass
@@ -2460,85 +2545,6 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int) -> Task:
                 lambda model, backend: write_sample(model, backend, vocab, "", 400, 0),
                 lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
                 tokens)
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How problems are asked and answered."""
-
-    task: str = "text"  # text to predict, sums, or a file of problems
-    reward: str = ""  # of REWARDS or module:function; by default digits for sums, exact for others
-    group_size: int = 2  # members who get the same problem
-    length: int = 0  # tokens of an answer, at most; by default 4 for sums, 256 for others
-    temperature: float = 0.0
-    stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise UserError(f"--temperature {self.temperature} is out of range: choose 0 to 100")
-        if self.length < 0:
-            raise UserError(f"--length {self.length} is out of range: choose 1 or more")
-
-
-def cuda_device() -> str:
-    """Name of the GPU; raises UserError where there is none, saying why."""
-    try:
-        import cupy
-    except ImportError as e:
-        raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
-    try:
-        driver = cupy.cuda.runtime.driverGetVersion()
-        if not driver:
-            raise UserError("no NVIDIA driver was found: install one, or use --backend c")
-        if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
-            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update "
-                            f"it, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
-        return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    except UserError:
-        raise
-    except Exception as e:  # noqa: BLE001
-        raise cuda_trouble(e) from None
-
-
-def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> Backend:
-    """The named backend, or the fastest that works here: cuda, c, numpy."""
-    for choice in [name] if name else ["cuda", "c", "numpy"]:
-        try:
-            if choice == "cuda":
-                cuda_device()
-                return KernelBackend(cfg, rank, choice, CudaLauncher)
-            if choice == "c":
-                return KernelBackend(cfg, rank, choice, lambda source: CLauncher(source, threads or cores()))
-        except UserError as e:
-            if name:
-                raise
-            if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
-                slower = "c" if choice == "cuda" else "numpy, which is much slower"
-                print(f"note: {e}; going on with {slower}", file=sys.stderr)
-    return NumpyBackend(cfg, rank)
-
-
-def plot(out: Path, marks: dict[str, float], task: Task) -> None:
-    """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(out / "log.csv") as f:
-        rows = list(csv.DictReader(f))
-    fig, ax = plt.subplots(figsize=(8, 5))
-    tokens = [int(r["tokens"]) for r in rows]
-    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation"),
-                                    strict=True):
-        ax.plot(tokens, [float(r[column]) for r in rows], color=color, label=label)
-    for name, bits in marks.items():
-        ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
-        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", fontsize=8, transform=ax.get_yaxis_transform())
-    ax.set(xlabel="tokens read by the population", ylabel=task.unit, xscale="log", title="nano_eggroll")
-    ax.legend()
-    fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
-    print(f"curve {out / 'curve.png'}")
 
 
 def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
@@ -2590,6 +2596,33 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
                 max(len(encoded[p.prompt]) for p in train) + length)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and measuring
+
+
+def plot(out: Path, marks: dict[str, float], task: Task) -> None:
+    """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with open(out / "log.csv") as f:
+        rows = list(csv.DictReader(f))
+    fig, ax = plt.subplots(figsize=(8, 5))
+    tokens = [int(r["tokens"]) for r in rows]
+    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation"),
+                                    strict=True):
+        ax.plot(tokens, [float(r[column]) for r in rows], color=color, label=label)
+    for name, bits in marks.items():
+        ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
+        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", fontsize=8, transform=ax.get_yaxis_transform())
+    ax.set(xlabel="tokens read by the population", ylabel=task.unit, xscale="log", title="nano_eggroll")
+    ax.legend()
+    fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
+    print(f"curve {out / 'curve.png'}")
+
+
 def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> float:
     """Train from model.step to es.steps, return the figure of the last validation.
 
@@ -2621,9 +2654,9 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> floa
                     log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
                               f"{mean:.4f},{val:.4f},{speed:.0f}\n")
                     save_model(model, out / "model.npz")
-                left = (es.steps - model.step) * per_step / speed
-                line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} "
-                        f"{task.unit}  {speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {int(left) // 60}:{int(left) % 60:02d} left")
+                left = int((es.steps - model.step) * per_step / speed)
+                line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+                        f"{speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
                 print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
             return stop
 
@@ -2639,10 +2672,6 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> floa
     if model.step < es.steps:
         raise UserError(f"stopped at step {model.step} of {es.steps} and saved: to go on, use --resume --out {out}")
     return val
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
 
 
 def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
@@ -2737,6 +2766,10 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         used = f"; peak memory {peak:,.0f} MB" + used
     print(f"EGGROLL forward, scoring: {rate / 1e9:,.1f} int8 Giga-operations/s{share}{used}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -2912,23 +2945,6 @@ def run(a: argparse.Namespace) -> None:
     print(f"{task.unit} {figure:.4f}")
     print(f"weights sha256 {model.sha256()}")
     return None
-
-
-def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *args: Any, **how: Any) -> None:
-    """Print a prompt and its continuation, as it comes; the other arguments are those of `generate`."""
-    print("--- sample\n" + prompt, end="")
-    tokens = vocab.encode(prompt.encode(errors="surrogateescape"))
-    tokens = tokens if len(tokens) else np.array([vocab.end], np.uint16)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in generate(model, backend, tokens, *args, **how):
-        text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
-        print(printable(text), end="", flush=True)
-    print("\n---")
-
-
-def printable(text: str) -> str:
-    """A text without what could change the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def main(argv: list[str] | None = None) -> int:
