@@ -1523,12 +1523,12 @@ class NumpyBackend:
         self.cfg, self.rank = cfg, rank
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
+              state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False) -> np.ndarray:
         """Cost of T tokens for each of P members, in 1/4096 bit: int32 [P]; the fitness is its negative.
 
         text: uint16 tokens; start: int64 [P], member m reads text[start[m]:] and must predict what follows each of its
         T tokens; noise: (seed, step, sigma), sigma 0 for the model itself. state (see `zero_state`) is carried on when
-        given, logits (float32 [P, T, V]) filled.
+        given, logits (float32 [P, T, V]) filled. same: the weights are those of the last call, which may save time.
         """
         cost = np.empty(len(start), np.int32)
         for part, member in self.chunks(len(start), tokens):
@@ -1610,25 +1610,27 @@ class KernelBackend:
         return self.launchers[mode]
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None, mode: str = "score") -> np.ndarray:
+              state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
+              mode: str = "score") -> np.ndarray:
         """See NumpyBackend; mode: see `kernel_source`."""
-        return self.run(mode, model, text, start, tokens, noise, state, logits, None, F32(0), np.int32(-1))
+        return self.run(mode, same, model, text, start, tokens, noise, state, logits, None, F32(0), np.int32(-1))
 
     def generate(self, model: Model, text: np.ndarray, given: np.ndarray, noise: tuple[int, int, float],
                  temperature: float, stop: int) -> np.ndarray:
         """See NumpyBackend."""
         heat = LOG2E / F32(temperature) if temperature else F32(0)
         start = np.arange(len(text)) * text.shape[1]
-        return self.run("generate", model, text, start, text.shape[1] - 1, noise, None, None, given, heat,
+        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, None, None, given, heat,
                         np.int32(stop))
 
-    def run(self, mode: str, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
+    def run(self, mode: str, same: bool, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
             noise: tuple[int, int, float], *rest: Any) -> np.ndarray:
         """Launch `score` in a mode; rest: its arguments from `state` on."""
         seed, step, sigma = noise
         launch, packed = self.launcher(mode)
         cost = np.zeros(len(start), np.int32)
-        launch("pack", len(self.units), (model.q, packed), [packed])
+        if not same:
+            launch("pack", len(self.units), (model.q, packed), [packed])
         launch("score", -(-len(start) // launch.sizes.members), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
             np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
@@ -2352,13 +2354,15 @@ def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, se
              top_p: float = 1.0) -> Iterator[int]:
     """The model's continuation of a prompt (uint16 tokens, one or more), token by token; see `choose`.
 
-    top_p: draw from the likeliest tokens only, as few as together have this probability.
+    top_p: draw from the likeliest tokens only, as few as together have this probability. The weights, and those that the
+    backend works with, must stay the same until the last token.
     """
     state, keys = zero_state(model.cfg, 1), pair_keys(seed, 0, np.zeros(1))
-    for at in range(len(prompt) - 1, len(prompt) - 1 + length):
+    first = len(prompt) - 1
+    for at in range(first, first + length):
         logits = np.zeros((1, len(prompt), model.cfg.vocab), F32)
         text = np.append(prompt, np.uint16(0))  # what comes next is not known, and its cost not asked for
-        backend.score(model, text, np.zeros(1, np.int64), len(prompt), (0, 0, 0.0), state, logits)
+        backend.score(model, text, np.zeros(1, np.int64), len(prompt), (0, 0, 0.0), state, logits, at > first)
         last = logits[:, -1]
         if temperature and top_p < 1:
             order = np.argsort(-last[0], kind="stable")
