@@ -2434,13 +2434,6 @@ def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
     return train, held
 
 
-def digits(prompt: str, completion: str, answer: Any) -> float:
-    """1 for the exact answer, else up to 1/2: the share of its characters that are in their place."""
-    answer = str(answer)
-    right = sum(a == b for a, b in zip(completion, answer, strict=False))
-    return 1.0 if completion == answer else 0.5 * right / max(len(answer), len(completion), 1)
-
-
 def exact(prompt: str, completion: str, answer: Any) -> float:
     """1 if the completion is the answer, but for spaces around them."""
     return float(completion.strip() == str(answer).strip())
@@ -2451,6 +2444,18 @@ def number(prompt: str, completion: str, answer: Any) -> float:
     got, want = ([float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", str(text))][-1:]
                  for text in (completion, answer))
     return float(bool(got) and got == want)
+
+
+def near(prompt: str, completion: str, answer: Any) -> float:
+    """1 for the exact number, else up to 0.5 for one that is less than 40 off, and 0.2 if it is as long.
+
+    It is read at the length of the answer, cut off or filled up with 5s: the first digits count before the last are there.
+    """
+    want = str(answer)
+    if completion == want or not re.fullmatch("[0-9]+", completion):
+        return float(completion == want)
+    error = abs(int((completion + "5" * len(want))[:len(want)]) - int(want))
+    return 0.5 * max(0.0, 1 - error / 40) + 0.2 * (len(completion) == len(want))
 
 
 def contains(prompt: str, completion: str, answer: Any) -> float:
@@ -2483,7 +2488,7 @@ def countdown(prompt: str, completion: str, answer: Any) -> float:
 
 
 Reward = Callable[[str, str, Any], float]
-REWARDS: dict[str, Reward] = {f.__name__: f for f in (exact, number, contains, countdown, digits)}
+REWARDS: dict[str, Reward] = {f.__name__: f for f in (exact, number, near, contains, countdown)}
 
 
 def reward_function(name: str) -> Reward:
@@ -2510,7 +2515,7 @@ class Asking:
     """How problems are asked and answered."""
 
     task: str = "text"  # text to predict, sums, or a file of problems
-    reward: str = ""  # of REWARDS or module:function; by default digits for sums, exact for others
+    reward: str = ""  # of REWARDS or module:function; by default near for sums, exact for others
     group_size: int = 2  # members who get the same problem
     length: int = 0  # tokens of an answer, at most; by default 4 for sums, 256 for others
     temperature: float = 0.0
@@ -2557,7 +2562,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
         raise UserError(f"--group-size {ask.group_size} does not fit --population {population}: choose an even divisor")
     train, held = sums() if ask.task == "sums" else read_problems(Path(ask.task))
     held = held[:1000]
-    reward = reward_function(ask.reward or ("digits" if ask.task == "sums" else "exact"))
+    reward = reward_function(ask.reward or ("near" if ask.task == "sums" else "exact"))
     length = ask.length or (4 if ask.task == "sums" else 256)
     stop = vocab.encode(ask.stop.encode()).tolist() if ask.stop else [vocab.end]
     if len(stop) != 1:
@@ -2821,7 +2826,7 @@ HELP = {
     "lr": "learning rate, in int8 steps; 0: from --steps",
     "seed": "of weights, noise, sampling and order of the data",
     "task": "what to train for: text to predict --data, sums, or a FILE.jsonl of {\"prompt\": ..., \"answer\": ...}",
-    "reward": f"of a task's answers: {', '.join(REWARDS)}, or module:function (digits for sums, else exact)",
+    "reward": f"of a task's answers: {', '.join(REWARDS)}, or module:function (near for sums, else exact)",
     "group_size": "members who get the same problem, an even number",
     "length": "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)",
     "temperature": "of answers, 0 for the likeliest token (0), or of a sample (0.7)",

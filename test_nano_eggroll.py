@@ -1552,7 +1552,9 @@ REWARDED = [  # reward, completion, answer, score
     ("number", "so 3 + 4 = 7.", "#### 7", 1), ("number", "7 or 8", "7", 0), ("number", "1,234", "1234", 1),
     ("number", "-5", "5", 0), ("number", "2.50", "2.5", 1), ("number", "none", "7", 0), ("number", "", "none", 0),
     ("number", "it is 12", 12, 1), ("number", "1e5,", "5", 1), ("contains", "the cat sat", "cat", 1),
-    ("contains", "the dog", "cat", 0), ("digits", "95", "95", 1), ("digits", "", "95", 0),
+    ("contains", "the dog", "cat", 0), ("near", "95", "95", 1), ("near", "", "95", 0),
+    ("near", "85", "95", 0.575), ("near", "105", "95", 0), ("near", "9", "95", 0.5), ("near", "905", "95", 0.4375),
+    ("near", "9x", "95", 0), ("near", "95 ", "95", 0), ("near", "10", 195, 0),
     *[("countdown", text, {"numbers": [3, 5, 8, 2], "target": 24}, score) for text, score in (
         ("(8-5)*3*2+6", 0), ("3*8*(5-2*2)", 0), ("8*3*(5-2)/3", 0), ("(5-2)*8*3", 0), ("8*(5-3)*2", 0), ("", 0),
         ("3*(5+2)+8", 0), ("24", 0), ("(3*5-2)+8", 0), ("8*5-3*2", 0), ("__import__('os')", 0), ("3**8", 0), ("8//3", 0))],
@@ -1572,8 +1574,8 @@ def test_rewards(reward, completion, answer, score):
 
 @given(st.text("0123456789 -", max_size=6), st.integers(0, 200))
 def test_partial_credit_is_less_than_full(completion, answer):
-    score = E.REWARDS["digits"]("", completion, str(answer))
-    assert 0 <= score <= 1
+    score = E.near("", completion, answer)
+    assert 0 <= score <= 0.7 or score == 1
     assert (score == 1) == (completion == str(answer))
 
 
