@@ -4,6 +4,8 @@
     python nano_eggroll.py --data book.txt --out book   train on your own bytes
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load out/model.npz --eval
+    python nano_eggroll.py --load out/model.npz --task sums                train on rewards
+    python nano_eggroll.py --load rwkv7.pth --data book.txt --sigma 3      go on from an official checkpoint
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
   1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
