@@ -296,6 +296,7 @@ MAGIC = F32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest inte
 UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
 BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
 MAX_BITS = F32(63)  # a token costs at most this much, so int32 holds the loss of 8,191 tokens
+LONGEST = 8192  # tokens of a prompt and its answer
 
 
 def ordered_sum(x: np.ndarray) -> np.ndarray:
@@ -1249,10 +1250,10 @@ FUNCTION vi choose(Model *m, float heat, int at) {
 // Runs `members` members over T tokens: member i reads text[start[i]]..., and adds what it costs to predict each next
 // token to score[i], in 1/4096 bit. w and packed: weights row by row and as `pack` leaves them. state (float
 // [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null. With BATCH they are not used, and only the
-// first given[i] tokens are there to read: member i writes what follows, up to the token `stop`.
+// first given[i] tokens are there to read: member i writes what follows, up to `length` tokens or the token `stop`.
 KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
              int members, u32 seed, u32 step, float c, int *score, float *state, float *logits,
-             const int *given, float heat, int stop, int first, int last, void *scratch) {
+             const int *given, int length, float heat, int stop, int first, int last, void *scratch) {
   Task *g = SLOT(scratch, Task);
   FAST(Fast, s, &g->fast);
   Model model = {w, packed, scale, s, g}, *m = &model;
@@ -1268,7 +1269,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *
     m->state = BATCH || !state ? g->state : state + (i64)member * (L * STATE);
     if (m->state == g->state) FLAT(i, (BATCH ? LANES : 1) * L * STATE) g->state[i] = 0;
     if (STORED) vectors(m, 0, VECTORS);
-    vi done = isplat(0);                          // lanes that have written `stop`, or are not there
+    vi done = isplat(0);                          // lanes that have written all they should, or are not there
     if (BATCH) FOR_LANE(t) AT(done, t) = member + t < members ? 0 : -1;
     for (int t0 = 0; t0 < T; t0 += BATCH ? 1 : LANES) {
       const int left = BATCH ? members - member : T - t0;
@@ -1322,7 +1323,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *
       vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;
       EACH(i, 1) FOR_LANE(t) if (t < m->lanes && !AT(done, t)) ADD(&score[BATCH ? member + t : member], AT(cost, t));
 #if BATCH
-      FOR_LANE(t) if (AT(own, t) && AT(next, t) == stop) AT(done, t) = -1;
+      FOR_LANE(t) if (AT(own, t) && (AT(next, t) == stop || t0 + 2 >= given[member + t] + length)) AT(done, t) = -1;
       if (ALL(done)) break;
 #endif
     }
@@ -1542,13 +1543,13 @@ class NumpyBackend:
                 logits[part] = out
         return cost
 
-    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, noise: tuple[int, int, float],
-                 temperature: float, stop: int) -> np.ndarray:
+    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
+                 noise: tuple[int, int, float], temperature: float, stop: int) -> np.ndarray:
         """Let every member go on with its own text, token by token, with its state carried along; see `choose`.
 
         text: uint16 [P, T + 1], of which given[m] tokens (int32 [P], at least 1) are there; member m writes what
-        follows, up to the token `stop` (-1: none). noise: as in `score`. Returns the cost of these tokens, given or
-        not, as `score` does.
+        follows, up to `length` tokens or the token `stop` (-1: none). noise: as in `score`. Returns the cost of these
+        tokens, given or not, as `score` does.
         """
         total, word = np.zeros(len(text), np.int32), self.rank * self.cfg.sizes[2]  # beyond the noise of the weights
         for part, member in self.chunks(len(text), 1):
@@ -1560,7 +1561,7 @@ class NumpyBackend:
                 own = ~done & (given[part] <= t + 1)
                 read[own, t + 1] = token[own]
                 cost[~done] += loss(logits, read[:, t + 1])[~done]
-                done |= own & (token == stop)
+                done |= own & ((token == stop) | (t + 2 >= given[part] + length))
                 if done.all():
                     break
         return total
@@ -1615,15 +1616,16 @@ class KernelBackend:
               state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
               mode: str = "score") -> np.ndarray:
         """See NumpyBackend; mode: see `kernel_source`."""
-        return self.run(mode, same, model, text, start, tokens, noise, state, logits, None, F32(0), np.int32(-1))
+        return self.run(mode, same, model, text, start, tokens, noise, state, logits, None, np.int32(0), F32(0),
+                        np.int32(-1))
 
-    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, noise: tuple[int, int, float],
-                 temperature: float, stop: int) -> np.ndarray:
+    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
+                 noise: tuple[int, int, float], temperature: float, stop: int) -> np.ndarray:
         """See NumpyBackend."""
         heat = LOG2E / F32(temperature) if temperature else F32(0)
         start = np.arange(len(text)) * text.shape[1]
-        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, None, None, given, heat,
-                        np.int32(stop))
+        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, None, None, given,
+                        np.int32(length), heat, np.int32(stop))
 
     def run(self, mode: str, same: bool, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
             noise: tuple[int, int, float], *rest: Any) -> np.ndarray:
@@ -1874,14 +1876,14 @@ class Members(NamedTuple):
         """
         given = np.array([len(p) for p in prompts], np.int32)
         text = np.full((len(given), given.max() + length), max(stop, 0), np.uint16)
-        if not given.all() or text.shape[1] > 8192:
-            raise UserError("a prompt has no token, or over 8,192 with its answer: give others, or less --length")
         for row, prompt in zip(text, prompts, strict=True):
             row[:len(prompt)] = prompt
-        self.backend.generate(self.model, text, given, self.noise, temperature, stop)
-        ends = ((text == stop) & (np.arange(text.shape[1]) >= given[:, None]))
-        ends = np.where(ends.any(1), ends.argmax(1), text.shape[1])
-        return [row[n:min(n + length, end)] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
+        if not given.all() or text.shape[1] > LONGEST or text.max() >= self.model.cfg.vocab:
+            raise UserError(f"a prompt has no token, or over {LONGEST} with its answer, or one that the model has not")
+        self.backend.generate(self.model, text, given, length, self.noise, temperature, stop)
+        ends = (text == stop) & (np.arange(text.shape[1]) >= given[:, None])
+        ends = np.where(ends.any(1), np.minimum(ends.argmax(1), given + length), given + length)
+        return [row[n:end] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
 
 
 def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members], ArrayLike]) -> np.ndarray:
@@ -2334,8 +2336,8 @@ def load_official(path: Path) -> Model:
     except FileNotFoundError:
         raise UserError(f"no file {path}: give the path of a checkpoint") from None
     except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        why = printable(str(e)[:200]).replace("\n", " ") or type(e).__name__
-        raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({why}): download it again") from None
+        raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({one_line(e)}): download it again"
+                        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2392,6 +2394,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
+def one_line(e: BaseException) -> str:
+    """What an error says, in a line."""
+    return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems with answers that a function can check
 
@@ -2418,7 +2425,7 @@ def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
     """
     problems, line = [], ""
     try:
-        for line in filter(str.strip, path.read_text("utf-8").splitlines()):
+        for line in filter(str.strip, path.read_text("utf-8-sig").split("\n")):
             p = json.loads(line)
             if not isinstance(p, dict) or not isinstance(p.get("prompt"), str) or "answer" not in p:
                 raise ValueError("not a problem")
@@ -2449,7 +2456,7 @@ def number(prompt: str, completion: str, answer: Any) -> float:
 
 
 def near(prompt: str, completion: str, answer: Any) -> float:
-    """1 for the exact number, else up to 0.5 for one that is less than 40 off, and 0.2 if it is as long.
+    """1 for exactly the answer's digits, else up to 0.5 for one that is less than 40 off, and 0.2 if it is as long.
 
     It is read at the length of the answer, cut off or filled up with 5s: the first digits count before the last are there.
     """
@@ -2484,8 +2491,9 @@ def countdown(prompt: str, completion: str, answer: Any) -> float:
     left = list(answer["numbers"])
     text = completion.split("<answer>")[-1].split("</answer>")[0].strip().partition("\n")[0].partition("=")[0].strip()
     try:
-        return float(len(text) < 200 and value(ast.parse(text, mode="eval").body) == answer["target"] and not left)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):
+        return float(bool(re.fullmatch("[0-9 +*/()-]{1,200}", text))
+                     and value(ast.parse(text, mode="eval").body) == answer["target"] and not left)
+    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):  # of nested parentheses
         return 0.0
 
 
@@ -2498,14 +2506,12 @@ def reward_function(name: str) -> Reward:
     if name in REWARDS:
         return REWARDS[name]
     module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
     try:
-        sys.path.insert(0, os.getcwd())
         return getattr(importlib.import_module(module), function)
-    except Exception as e:  # noqa: BLE001 (the module may raise anything)
-        raise UserError(f"--reward {name} cannot be had ({type(e).__name__}: {e}): give {', '.join(REWARDS)}, or "
-                        "module:function for reward(prompt, completion, answer) in module.py here") from None
-    finally:
-        sys.path.pop(0)
+    except (Exception, SystemExit) as e:  # noqa: BLE001 (the module may raise anything)
+        raise UserError(f"--reward {name} cannot be had ({one_line(e)}): give {', '.join(REWARDS)}, or module:function "
+                        "for reward(prompt, completion, answer) in module.py here") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2524,8 +2530,8 @@ class Asking:
     stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise UserError(f"--temperature {self.temperature} is out of range: choose 0 to 100")
+        if self.temperature and not 0.001 <= self.temperature <= 100:
+            raise UserError(f"--temperature {self.temperature} is out of range: choose 0, or 0.001 to 100")
         if self.length < 0:
             raise UserError(f"--length {self.length} is out of range: choose 1 or more")
 
@@ -2540,10 +2546,10 @@ class Task:
     shown: Callable[[float], float]  # a mean fitness as the figure that is shown
     unit: str  # of both figures
     columns: str  # their names in log.csv
-    tokens: int  # that a member reads and writes in a step, at most
+    tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
 
 
-def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int) -> Task:
+def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int = 0) -> Task:
     """To predict a text; raises UserError where it is too short."""
     train, val = vocab.encode(text), vocab.encode(val_text)
     if min(len(val), len(train)) <= tokens:
@@ -2553,7 +2559,7 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int) -> Task:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
     return Task(predict(train, tokens), lambda model, backend: evaluate(model, backend, val, tokens) / size,
-                lambda model, backend: write_sample(model, backend, vocab, "", 400, 0),
+                lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
                 lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
                 tokens)
 
@@ -2566,10 +2572,14 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
     held = held[:1000]
     reward = reward_function(ask.reward or ("near" if ask.task == "sums" else "exact"))
     length = ask.length or (4 if ask.task == "sums" else 256)
-    stop = vocab.encode(ask.stop.encode()).tolist() if ask.stop else [vocab.end]
+    stop = vocab.encode(ask.stop.encode(errors="surrogateescape")).tolist() if ask.stop else [vocab.end]
     if len(stop) != 1:
         raise UserError(f"--stop {ask.stop!r} is {len(stop)} tokens: give the text of a single one")
-    encoded = {p.prompt: vocab.encode(p.prompt.encode()).tolist() or [vocab.end] for p in train + held}
+    encoded = {p.prompt: vocab.encode(p.prompt.encode(errors="replace")).tolist() or [vocab.end] for p in train + held}
+    longest = max(encoded, key=lambda prompt: len(encoded[prompt]))
+    if len(encoded[longest]) + length > LONGEST:
+        raise UserError(f"the prompt {longest[:40]!r} has {len(encoded[longest])} tokens, and with an answer of {length} "
+                        f"over {LONGEST}: leave it out, or give less --length")
 
     def completions(members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
         found = members.answer([encoded[p.prompt] for p in problems], length, stop[0], temperature)
@@ -2580,9 +2590,9 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
         for p, answer in zip(problems, answers, strict=True):
             try:
                 found.append(float(reward(p.prompt, answer, p.answer)))
-            except Exception as e:  # noqa: BLE001 (it may be the user's)
+            except (Exception, SystemExit) as e:  # noqa: BLE001 (it may be the user's)
                 raise UserError(f"the reward of prompt {p.prompt[:60]!r}, completion {answer[:60]!r} failed "
-                                f"({type(e).__name__}: {e}): correct the function or the problem's answer") from None
+                                f"({one_line(e)}): correct the function or the problem's answer") from None
         return np.array(found)
 
     rewards(held[:1], [""])  # a reward that cannot work fails before there is a run
@@ -2597,14 +2607,15 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
         return completions(Members(model, backend, count, (0, 0, 0.0)), held[:count], 0.0)
 
     def validate(model: Model, backend: Backend) -> float:
-        return float((rewards(held, held_out(model, backend, len(held))) >= 1).mean())
+        found = rewards(held, held_out(model, backend, len(held)))
+        return float(((found >= 1) & np.isfinite(found)).mean())
 
     def sample(model: Model, backend: Backend) -> None:
         for p, answer in zip(held, held_out(model, backend, min(5, len(held))), strict=False):
-            print(f"{p.prompt}{printable(answer)}   (answer: {p.answer})")
+            print(printable(f"{p.prompt}{answer}   (answer: {p.answer})"))
 
     return Task(fitness, validate, sample, float, "accuracy", "train_reward,val_accuracy",
-                max(len(encoded[p.prompt]) for p in train) + length)
+                sum(len(encoded[p.prompt]) for p in train) // len(train) + length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2645,6 +2656,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> floa
     live = sys.stdout.isatty()
     began, first, figures, shown = time.perf_counter(), model.step, list[float](), 0.0
     per_step = es.population * task.tokens
+    save_model(model, out / "model.npz")  # so that it can go on, whatever happens
     val = task.validate(model, backend)
     print(f"step {model.step}: validation {val:.3f} {task.unit}")
     with open(out / "log.csv", "a", buffering=1) as log:
@@ -2653,18 +2665,19 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> floa
 
         def report(found: np.ndarray) -> object:
             nonlocal val, shown
-            figures.append(task.shown(float(found[np.isfinite(found)].mean())))
+            finite = found[np.isfinite(found)]
+            figures.append(task.shown(float(finite.mean())) if len(finite) else math.nan)
             now = time.perf_counter()
             speed = (model.step - first) * per_step / (now - began)
             validate = model.step % every == 0 or model.step == es.steps
             if validate or (live and now - shown > 0.2):
                 shown, mean = now, sum(figures) / len(figures)
                 if validate:
+                    save_model(model, out / "model.npz")
                     val = task.validate(model, backend)
                     figures.clear()
                     log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
                               f"{mean:.4f},{val:.4f},{speed:.0f}\n")
-                    save_model(model, out / "model.npz")
                 left = int((es.steps - model.step) * per_step / speed)
                 line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
                         f"{speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
@@ -2725,7 +2738,7 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
         if "one by one" in name:
             for i in range(members):
                 if generate:
-                    backend.generate(model, answers[i:i + 1], given[:1], (0, 0, sigma), 0.0, -1)
+                    backend.generate(model, answers[i:i + 1], given[:1], T, (0, 0, sigma), 0.0, -1)
                 else:
                     score(model, text, start[i:i + 1], T, (0, 0, sigma))
         elif not generate and "step" in name:
@@ -2737,7 +2750,7 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
             for t in range(T):
                 score(model, text, start[:members] + t, 1, (0, 0, sigma), state)
         else:
-            backend.generate(model, answers, given, (0, 0, sigma), 0.0, -1)
+            backend.generate(model, answers, given, T, (0, 0, sigma), 0.0, -1)
             if "step" in name:
                 backend.update(model, f, 0, 0, 1.0)
         if backend.name == "cuda":
@@ -2819,7 +2832,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-DATA = Path(__file__).parent / "data" / "tales.txt"
+DATA = Path(__file__).resolve().parent / "data" / "tales.txt"
 SHAPE = ("dim", "layers", "head_size")
 HELP = {
     "dim": "width D", "layers": "number of layers", "head_size": "width of a head, a divisor of --dim",
@@ -2875,6 +2888,8 @@ def run(a: argparse.Namespace) -> None:
 
     given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
     es, ask, out, data, vocab_file = ES(**given), Asking(**asked), a.out, a.data or DATA, a.vocab
+    if ask.task not in ("text", "sums"):
+        ask = replace(ask, task=str(Path(ask.task).resolve()))  # to --resume from another folder
     if a.threads is not None and a.threads < 1:
         raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
     if a.minutes is not None and not 0 < a.minutes < 1e6:
@@ -2928,7 +2943,7 @@ def run(a: argparse.Namespace) -> None:
         if not a.eval:
             return None
     text, val_text = read_text(data) if is_text else (b"", b"")
-    task = text_task(text, val_text, vocab, es.tokens) if is_text else answer_task(ask, vocab, es.population)
+    task = text_task(text, val_text, vocab, es.tokens, es.seed) if is_text else answer_task(ask, vocab, es.population)
     if a.eval:
         print(f"{task.unit} {task.validate(model, backend()):.4f}")
         return None
@@ -2936,16 +2951,16 @@ def run(a: argparse.Namespace) -> None:
     if a.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or open log.csv in a spreadsheet")
     engine = backend()
-    out = out if a.resume else prepare_out(out)
     marks = yardsticks(data, text, val_text) if is_text else {}
     if marks:
         print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
     if a.minutes is not None and not a.resume:
         es = replace(es, steps=steps_for(a.minutes, model, engine, es, task))
         print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
+    out = out if a.resume else prepare_out(out)
     if not a.resume:
-        model.step, model.extra = 0, {"es": asdict(es), "ask": asdict(ask), "data": str(data),
-                                      "vocab": str(vocab_file) if vocab_file else None}
+        model.step, model.extra = 0, {"es": asdict(es), "ask": asdict(ask), "data": str(data.resolve()),
+                                      "vocab": str(vocab_file.resolve()) if vocab_file else None}
     print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
           f"backend {engine.name}, {a.threads or cores()} threads")
     figure = train(model, engine, es, task, out)
@@ -2967,6 +2982,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"nano_eggroll: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("nano_eggroll: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

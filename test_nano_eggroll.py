@@ -385,7 +385,7 @@ def test_what_a_member_writes_costs_it_what_reading_does(backend, cfg, seed, ran
     P = len(given)
     text = random_text(cfg, P * T).reshape(P, T).copy()
     before = text.copy()
-    cost = b.generate(m, text, given, noise, temperature, -1)
+    cost = b.generate(m, text, given, T, noise, temperature, -1)
     read, logits, _ = run(b, m, text.ravel(), np.arange(P) * T, T - 1, noise)
     np.testing.assert_array_equal(cost, read)
     own = np.arange(T) >= given[:, None]
@@ -545,7 +545,7 @@ def assert_equals_numpy(backend, seed, T, members, sigma):
         # And generation, by a model whose tokens are all equally likely, too.
         for model, temperature, stop in (m, 0.0, -1), (m, 0.9, 1), (E.new_model(cfg, 0), 0.0, -1):
             written = [text[start[:, None] + np.arange(4 + T % 5)] for _ in range(2)]
-            costs = [b.generate(model, w, given, (seed, 4, s), temperature, stop)
+            costs = [b.generate(model, w, given, 2 + T % 4, (seed, 4, s), temperature, stop)
                      for b, w in zip((backend, numpy), written, strict=True)]
             np.testing.assert_array_equal(*written)
             np.testing.assert_array_equal(*costs)
@@ -773,6 +773,8 @@ BAD = {
     "reward of a text": (["--reward", "exact"], "--reward"),
     "data of a task": (["--task", "sums", "--data", "short.txt"], "--data"),
     "temperature": (["--task", "sums", "--temperature", "-1"], "-1"),
+    "tiny temperature": (["--task", "sums", "--temperature", "1e-40"], "1e-40"),
+    "long answers": (["--task", "sums", "--length", "100000"], "less --length"),
     "length": (["--task", "sums", "--length", "-1"], "-1"),
     "top-p": (["--load", "nowhere.npz", "--sample", "x", "--top-p", "2"], "--top-p 2"),
     "top-p without a sample": (["--top-p", "0.5"], "--top-p"),
