@@ -2897,7 +2897,7 @@ def run(a: argparse.Namespace) -> None:
     if a.top_p is not None and not 0 < a.top_p <= 1:
         raise UserError(f"--top-p {a.top_p:g} is out of range: give more than 0, at most 1")
     if a.resume:
-        if not out or given or shape or asked or a.load or a.data or a.vocab or a.freeze is not None:
+        if not out or given or shape or asked or a.load or a.data or a.vocab or a.freeze is not None or a.minutes:
             raise UserError("--resume goes with --out, and the settings are the run's own: leave the others out")
         model = load_model(out / "model.npz")
         if "es" not in model.extra:
