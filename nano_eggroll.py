@@ -2358,8 +2358,8 @@ def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, se
              top_p: float = 1.0) -> Iterator[int]:
     """The model's continuation of a prompt (uint16 tokens, one or more), token by token; see `choose`.
 
-    top_p: draw from the likeliest tokens only, as few as together have this probability. The weights, and those that the
-    backend works with, must stay the same until the last token.
+    top_p: draw from the likeliest tokens only, as few as together have this probability. The weights, and those
+    that the backend works with, must stay the same until the last token.
     """
     state, keys = zero_state(model.cfg, 1), pair_keys(seed, 0, np.zeros(1))
     first = len(prompt) - 1
@@ -2458,7 +2458,7 @@ def number(prompt: str, completion: str, answer: Any) -> float:
 def near(prompt: str, completion: str, answer: Any) -> float:
     """1 for exactly the answer's digits, else up to 0.5 for one that is less than 40 off, and 0.2 if it is as long.
 
-    It is read at the length of the answer, cut off or filled up with 5s: the first digits count before the last are there.
+    It is read at the length of the answer, cut off or filled up with 5s: the first digits count before there are more.
     """
     want = str(answer)
     if completion == want or not re.fullmatch("[0-9]+", completion):
@@ -2578,7 +2578,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
     encoded = {p.prompt: vocab.encode(p.prompt.encode(errors="replace")).tolist() or [vocab.end] for p in train + held}
     longest = max(encoded, key=lambda prompt: len(encoded[prompt]))
     if len(encoded[longest]) + length > LONGEST:
-        raise UserError(f"the prompt {longest[:40]!r} has {len(encoded[longest])} tokens, and with an answer of {length} "
+        raise UserError(f"the prompt {longest[:40]!r} has {len(encoded[longest])} tokens, with an answer of {length} "
                         f"over {LONGEST}: leave it out, or give less --length")
 
     def completions(members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:

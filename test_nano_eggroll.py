@@ -1559,7 +1559,7 @@ REWARDED = [  # reward, completion, answer, score
     ("near", "9x", "95", 0), ("near", "95 ", "95", 0), ("near", "10", 195, 0),
     *[("countdown", text, {"numbers": [3, 5, 8, 2], "target": 24}, score) for text, score in (
         ("(8-5)*3*2+6", 0), ("3*8*(5-2*2)", 0), ("8*3*(5-2)/3", 0), ("(5-2)*8*3", 0), ("8*(5-3)*2", 0), ("", 0),
-        ("3*(5+2)+8", 0), ("24", 0), ("(3*5-2)+8", 0), ("8*5-3*2", 0), ("__import__('os')", 0), ("3**8", 0), ("8//3", 0))],
+        ("3*(5+2)+8", 0), ("24", 0), ("(3*5-2)+8", 0), ("8*5-3*2", 0), ("__import__('os')", 0), ("3**8", 0))],
     *[("countdown", text, {"numbers": [3, 5, 8], "target": 16}, score) for text, score in (
         ("3+5+8", 1), ("8 + (5 + 3) = 16", 1), ("<answer>(3+5)+8</answer>", 1), ("3+5+8\nand more", 1), ("8+8", 0),
         ("3+5+8+0", 0), ("3+13", 0), ("(3+5)*8/4", 0), ("3+5+8+", 0), ("-(-3)+5+8", 0), ("3.0+5+8", 0),
@@ -1643,7 +1643,8 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
     """A reward of the user's; a run that is interrupted ends as if it had not been."""
     monkeypatch.chdir(tmp_path)
     Path("mine_for_test.py").write_text(USERS)
-    Path("p.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}", "answer": "etaoinshrdlu"}) + "\n" for i in range(40)))
+    problems = [{"prompt": f"say {i}", "answer": "etaoinshrdlu"} for i in range(40)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, problems)))
     args = ["--dim", "16", "--layers", "1", "--population", "512", "--steps", "150", "--lr", "3", "--task", "p.jsonl",
             "--reward", "mine_for_test:letter", "--length", "16", "--group-size", "4", "--temperature", "1"]
     assert E.main([*args, "--out", "whole"]) == 0
@@ -1652,8 +1653,8 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
     assert log[0] == "step,seconds,tokens,train_reward,val_accuracy,tokens_per_s"
     assert float(log[-1].split(",")[3]) > 0.4 > 0.1 > float(log[1].split(",")[3])
     assert re.fullmatch(r"accuracy [01]\.\d{4}", out[-2])
-    assert E.main(["--load", "whole/model.npz", "--task", "p.jsonl", "--reward", "mine_for_test:letter", "--length", "16",
-                   "--eval"]) == 0
+    assert E.main(["--load", "whole/model.npz", "--task", "p.jsonl", "--reward", "mine_for_test:letter",
+                   "--length", "16", "--eval"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == out[-2]
 
     def interrupted(fitness, after=25):
@@ -1707,7 +1708,7 @@ def test_the_example_of_the_readme_learns(capsys):
     code = re.search(r"\n\n((?:    .*\n|\n)*?    E\.evolve\(.*\n)", (HERE / "README.md").read_text())[1]
     assert "steps=300" in code
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    exec("\n".join(line[4:] for line in code.replace("steps=300", "steps=150").splitlines()), {})  # noqa: S102
+    exec("\n".join(line[4:] for line in code.replace("steps=300", "steps=150").splitlines()), {})
     means = [float(line) for line in capsys.readouterr().out.split()]
     assert len(means) == 150
     assert means[-1] > 2 * means[0] > 2
