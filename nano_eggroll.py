@@ -1555,9 +1555,10 @@ class NumpyBackend:
         for part, member in self.chunks(len(text), 1):
             read, cost, done = text[part], total[part], np.zeros(len(member), bool)
             state, perturbed = zero_state(self.cfg, len(member)), member_noise(member, *noise, self.rank)
+            keys = pair_keys(*noise[:2], member // 2)
             for t in range(text.shape[1] - 1):
                 logits = forward(model, read[:, t:t + 1], state, perturbed)[:, 0]
-                token = choose(logits, pair_keys(*noise[:2], member // 2), word + t * self.cfg.vocab, temperature)
+                token = choose(logits, keys, word + t * self.cfg.vocab, temperature)
                 own = ~done & (given[part] <= t + 1)
                 read[own, t + 1] = token[own]
                 cost[~done] += loss(logits, read[:, t + 1])[~done]
@@ -1602,7 +1603,8 @@ class KernelBackend:
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
-        self.units, self.launchers = update_units(cfg), dict[str, tuple[Any, Any]]()
+        self.units, self.launchers = len(update_units(cfg)), dict[str, tuple[Any, Any]]()
+        self.trained = sum(p.word >= 0 for p, _ in update_units(cfg))  # of them, those that an update moves
         self.xp = self.launcher("score")[0].xp
 
     def launcher(self, mode: str) -> tuple[Any, Any]:
@@ -1634,7 +1636,7 @@ class KernelBackend:
         launch, packed = self.launcher(mode)
         cost = np.zeros(len(start), np.int32)
         if not same:
-            launch("pack", len(self.units), (model.q, packed), [packed])
+            launch("pack", self.units, (model.q, packed), [packed])
         launch("score", -(-len(start) // launch.sizes.members), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
             np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
@@ -1643,7 +1645,7 @@ class KernelBackend:
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """See NumpyBackend."""
-        self.launcher("score")[0]("update", sum(p.word >= 0 for p, _ in self.units), (
+        self.launcher("score")[0]("update", self.trained, (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
@@ -1841,9 +1843,14 @@ class ES:
         return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * (1 - step / self.steps)
 
 
+def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
+    """What chooses each pair's (or group's) data in a step, uint32 [n]: from the hash, like the noise."""
+    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))
+
+
 def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
-    """Where each pair's text starts, int64 [P/2]: uniform over the text, from the hash, like the noise."""
-    h = mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED)).astype(np.uint64)
+    """Where each pair's text starts, int64 [P/2]: uniform over the text."""
+    h = data_words(seed, step, pairs).astype(np.uint64)
     return (h * np.uint64(len(text) - tokens) >> np.uint64(32)).astype(np.int64)
 
 
@@ -2599,7 +2606,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
 
     def fitness(members: Members) -> np.ndarray:
         seed, step, _ = members.noise
-        chosen = mix(pair_keys(seed, step, np.arange(members.size // ask.group_size))[0] ^ np.uint32(0x5EED))
+        chosen = data_words(seed, step, np.arange(members.size // ask.group_size))
         problems = [train[i] for i in np.repeat(chosen % len(train), ask.group_size).tolist()]
         return rewards(problems, completions(members, problems, ask.temperature))
 
@@ -2954,7 +2961,7 @@ def run(a: argparse.Namespace) -> None:
     marks = yardsticks(data, text, val_text) if is_text else {}
     if marks:
         print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
-    if a.minutes is not None and not a.resume:
+    if a.minutes is not None:
         es = replace(es, steps=steps_for(a.minutes, model, engine, es, task))
         print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
     out = out if a.resume else prepare_out(out)
