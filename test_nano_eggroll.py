@@ -1249,7 +1249,7 @@ class Simt:
         """Run the tasks of a kernel."""
         fast = {"score": self.sizes.fast, "update": self.sizes.update}.get(name, 0)
         scratch = np.full(self.blocks * max(self.sizes.task, self.sizes.update), 0xCD, np.uint8)
-        self.run(name, (*args, np.int32(0), np.int32(tasks), scratch), [*out, scratch], self.blocks, self.sizes.threads,
+        self.run(name, (*args, np.int32(tasks.start), np.int32(tasks.stop), scratch), [*out, scratch], self.blocks, self.sizes.threads,
                  fast if fast <= self.shared else 0)
 
 
@@ -1393,9 +1393,10 @@ class FakeCupy:
         self.asarray = lambda a: a if isinstance(a, Array) else Array(np.array(a))
         self.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
         self.empty = lambda shape, dtype: Array(np.full(shape, 0xCD, dtype))
-        device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2})
+        device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2},
+                                 use=lambda: None)
         self.cuda = SimpleNamespace(
-            Device=lambda: device,
+            Device=lambda i=0: device,
             compiler=SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc),
             function=SimpleNamespace(Module=Module),
             driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1,
@@ -1403,6 +1404,7 @@ class FakeCupy:
                                    funcSetAttribute=set_attribute),
             runtime=SimpleNamespace(driverGetVersion=lambda: driver, runtimeGetVersion=lambda: 12090,
                                     getDeviceProperties=lambda i: {"name": b"fake"},
+                                    getDeviceCount=lambda: 1,
                                     memGetInfo=lambda: (2**30, 2**30)))
 
 
