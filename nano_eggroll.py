@@ -1937,9 +1937,9 @@ class Members(NamedTuple):
 class Team:
     """The processes that train one model together, on one machine or many: by MPI, or this one alone (comm None).
 
-    In a step each scores a share of the population and moves a share of the weights. So 4 bytes a member and the moved
-    weights go around, never noise or gradients, and all hold the same model. Every method but `shares` is to be called
-    by all of them at the same point.
+    In a step each scores a share of the population and works out the moves of a share of the weights. So 4 bytes a
+    member and a byte a weight go around, never noise or gradients, and all hold the same model. Every method but
+    `shares` and `parts` is to be called by all of them at the same point.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -1962,15 +1962,12 @@ class Team:
         to = np.cumsum([0, *self.speed]) / self.speed.sum()
         return (np.arange(self.size + 1) + np.rint(to * (count - self.size)).astype(int)).tolist()
 
-    def gather(self, whole: Any, edges: Sequence[int]) -> None:
+    def gather(self, whole: np.ndarray, edges: Sequence[int]) -> None:
         """Complete an array of which each process has whole[edges[rank]:edges[rank + 1]]."""
         if self.comm:
             from mpi4py import MPI
 
-            here = host(whole)
-            self.comm.Allgatherv(MPI.IN_PLACE, [here, (np.diff(edges), edges[:-1])])
-            if here is not whole:
-                whole.set(here)
+            self.comm.Allgatherv(MPI.IN_PLACE, [whole, (np.diff(edges), edges[:-1])])
 
     def either(self, *flags: bool) -> list[bool]:
         """Is a flag set in any of the processes?"""
@@ -2002,13 +1999,17 @@ class Team:
     def update(self, model: Model, backend: Backend, f: np.ndarray, seed: int, gain: float) -> None:
         """`backend.update`, with the work shared; residuals stay with whoever moves these weights, see `complete`.
 
-        At times all do all of it, and the results must be equal. Then the shares are chosen anew.
+        At times all do all of it, and weights, residuals and the scores of a pair must be equal. Then the shares are
+        chosen anew.
         """
         n, self.steps = self.steps, self.steps + 1
         if self.comm and n % 256 and n & (n - 1):
-            units, edges = self.parts(backend)
+            (units, edges), before = self.parts(backend), host(model.q).copy()
             backend.update(model, f, seed, model.step, gain, units)
-            self.gather(model.q, edges)
+            q = host(model.q) - before  # only the moves go around, so an error in somebody's weights remains to be seen
+            self.gather(q, edges)
+            q += before
+            model.q = backend.xp.asarray(q)
             return
         self.complete(model, backend)
         backend.update(model, f, seed, model.step, gain)
@@ -2020,7 +2021,10 @@ class Team:
 
     def complete(self, model: Model, backend: Backend) -> None:
         """Give every process all residuals."""
-        self.gather(model.residual, self.parts(backend)[1])
+        if self.comm:
+            residual = host(model.residual)
+            self.gather(residual, self.parts(backend)[1])
+            model.residual = backend.xp.asarray(residual)
 
 
 ALONE = Team()
@@ -2912,7 +2916,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
     so_far = model.extra.setdefault("so_far", {
         "seconds": 0.0, "log.csv": 0, "scores.bin": 0, "check": 0, "limit": at_limit(model), "warned": [],
         "fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0})  # the last four since the last row of the log
-    files = {} if team.rank else {name: reopen(out / name, so_far[name]) for name in ("log.csv", "scores.bin")}
+    files = dict[str, BinaryIO]()
     stop: list[int] = []
     handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
@@ -2992,6 +2996,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         return stopping
 
     try:
+        files.update({} if team.rank else {name: reopen(out / name, so_far[name]) for name in ("log.csv", "scores.bin")})
         if not so_far["log.csv"]:
             checkpoint()  # so that it can go on, whatever happens
             append("log.csv", f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,"

