@@ -1889,7 +1889,10 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
     """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
-    rms = math.sqrt(math.fsum((d.astype(float) ** 2).tolist()) / len(d))  # fsum: exact, so the same everywhere
+    total = d.astype(float) ** 2
+    while (half := len(total) // 2):  # a stated order, so the bits are the same everywhere
+        total = np.append(total[:half] + total[half:2 * half], total[2 * half:])
+    rms = math.sqrt(total[0] / len(d))
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
@@ -1937,9 +1940,9 @@ class Members(NamedTuple):
 class Team:
     """The processes that train one model together, on one machine or many: by MPI, or this one alone (comm None).
 
-    In a step each scores a share of the population and works out the moves of a share of the weights. So 4 bytes a
-    member and a byte a weight go around, never noise or gradients, and all hold the same model. Every method but
-    `shares` and `parts` is to be called by all of them at the same point.
+    In a step each scores a share of the population, all scores go around (4 bytes a member), and each rebuilds the
+    update from them: all of it or, where the network is faster than that, a share, so that moves go around (a byte a
+    weight). So all hold the same model. Every method but `shares` and `parts` is to be called by all of them.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -1947,6 +1950,7 @@ class Team:
         self.comm, self.rank, self.size = comm, comm.rank if comm else 0, comm.size if comm else 1
         self.speed = np.ones(self.size)  # members per second, to share out the work by
         self.steps, self.scored, self.seconds = 0, 0, 0.0  # by this process
+        self.split, self.took = bool(comm), [math.inf, math.inf]  # is the update split; seconds it took whole and split
         self.local, self.sharing = 0, 1  # number of this process on its machine; how many have the same cores
         if comm:
             from mpi4py import MPI
@@ -1997,31 +2001,37 @@ class Team:
         return range(cuts[self.rank], cuts[self.rank + 1]), starts[cuts].tolist()
 
     def update(self, model: Model, backend: Backend, f: np.ndarray, seed: int, gain: float) -> None:
-        """`backend.update`, with the work shared; residuals stay with whoever moves these weights, see `complete`.
+        """`backend.update`, by each process for all weights or, where that is faster here, by each for a share of them.
 
-        At times all do all of it, and weights, residuals and the scores of a pair must be equal. Then the shares are
-        chosen anew.
+        At times each does all of it, and then weights, residuals and the scores of a pair must be equal everywhere.
         """
         n, self.steps = self.steps, self.steps + 1
-        if self.comm and n % 256 and n & (n - 1):
+        check = bool(self.comm) and (n % 256 == 0 or n & (n - 1) == 0)
+        if check:
+            self.complete(model, backend)
+        began, split = time.perf_counter(), self.split and not check
+        if split:
             (units, edges), before = self.parts(backend), host(model.q).copy()
             backend.update(model, f, seed, model.step, gain, units)
             q = host(model.q) - before  # only the moves go around, so an error in somebody's weights remains to be seen
             self.gather(q, edges)
             q += before
             model.q = backend.xp.asarray(q)
-            return
-        self.complete(model, backend)
-        backend.update(model, f, seed, model.step, gain)
-        if self.comm:
+        else:
+            backend.update(model, f, seed, model.step, gain)
+            if check:
+                host(model.q)  # waits for a GPU
+        self.took[split] = min(self.took[split], time.perf_counter() - began)
+        if check:
             text = np.arange(17, dtype=np.uint16) % np.uint16(model.cfg.vocab)
             cost = backend.score(model, text, np.zeros(2, np.int64), 16, (seed, model.step, 1.0))
             self.agree(f"weights or scores in step {model.step}", (model.sha256(*ARRAYS), cost.tolist()))
             self.speed = np.array(self.comm.allgather(self.scored / max(self.seconds, 1e-9) or 1.0))
+            self.split = self.first(lambda: n < 8 or self.took[True] < self.took[False])
 
     def complete(self, model: Model, backend: Backend) -> None:
-        """Give every process all residuals."""
-        if self.comm:
+        """Give every process all residuals; where the work is split, each has only those of its own share."""
+        if self.split:
             residual = host(model.residual)
             self.gather(residual, self.parts(backend)[1])
             model.residual = backend.xp.asarray(residual)
@@ -2996,7 +3006,8 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         return stopping
 
     try:
-        files.update({} if team.rank else {name: reopen(out / name, so_far[name]) for name in ("log.csv", "scores.bin")})
+        for name in () if team.rank else ("log.csv", "scores.bin"):
+            files[name] = reopen(out / name, so_far[name])
         if not so_far["log.csv"]:
             checkpoint()  # so that it can go on, whatever happens
             append("log.csv", f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,"

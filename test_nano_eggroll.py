@@ -552,16 +552,20 @@ def assert_equals_numpy(backend, seed, T, members, sigma):
         # And generation, by a model whose tokens are all equally likely, too.
         for model, temperature, stop in (m, 0.0, -1), (m, 0.9, 1), (E.new_model(cfg, 0), 0.0, -1):
             written = [text[start[:, None] + np.arange(4 + T % 5)] for _ in range(2)]
-            costs = [b.generate(model, w, given, 2 + T % 4, (seed, 4, s), temperature, stop)
+            costs = [b.generate(model, w, given, 2 + T % 4, (seed, 4, s), temperature, stop, seed % 999 * 2)
                      for b, w in zip((backend, numpy), written, strict=True)]
             np.testing.assert_array_equal(*written)
             np.testing.assert_array_equal(*costs)
+        shares = [b.score(m, text, start, T, (seed, 4, s), first=seed % 999 * 2) for b in (backend, numpy)]
+        np.testing.assert_array_equal(*shares)
     f = np.random.default_rng(seed).integers(-127, 128, 300).astype(np.int8)
     other = replace(m, q=m.q.copy(), residual=m.residual.copy())
-    backend.update(m, f, seed, 4, 77.7)
-    numpy.update(other, f, seed, 4, 77.7)
-    np.testing.assert_array_equal(m.q, other.q)
-    np.testing.assert_array_equal(m.residual, other.residual)
+    cut = 1 + seed % (len(backend.starts) - 1)
+    for units in range(cut), range(cut, len(backend.starts) - 1):
+        for b, moved in (backend, m), (numpy, other):
+            b.update(moved, f, seed, 4, 77.7, units)
+        np.testing.assert_array_equal(m.q, other.q)
+        np.testing.assert_array_equal(m.residual, other.residual)
 
 
 NATIVE = ["-march=native", "-march=native -O1"]
@@ -1850,7 +1854,9 @@ for n, (heads, size, layers, vocab, rank, T, pairs, seed) in enumerate(ask):
     backend = E.make_backend("numpy" if (n + team.rank) % 2 else None, cfg, es.rank, 1)
     def uneven(found, f):  # as if the machines were very different
         team.scored, team.seconds = 1, [1.0, 0.1, 7.0, 0.4][(team.rank + n) % 4]
+        team.took = [n % 2, 1 - n % 2]
     E.evolve(model, E.predict(text, T), es, backend, uneven, team)
+    assert team.split == (team.size > 1 and n % 2 == 1)
     if team.rank == team.size - 1:
         print(n, model.sha256(), model.sha256("residual"), flush=True)
     team.either(False)
@@ -2086,8 +2092,8 @@ def test_changed_data_are_refused(run_dir, prose, capsys):
 
 def main_after(preparation, args):
     """Run the command line in a process of its own that has first done something to itself."""
-    code = (f"import encodings.cp437, fcntl, os, resource, sys; sys.path.insert(0, {str(HERE)!r}); import nano_eggroll as E\n"
-            f"{preparation}\nsys.exit(E.main({list(map(str, args))!r}))")
+    code = (f"import encodings.cp437, fcntl, os, resource, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+            f"import nano_eggroll as E\n{preparation}\nsys.exit(E.main({list(map(str, args))!r}))")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
