@@ -1843,10 +1843,10 @@ sys.path.insert(0, {here!r})
 import numpy as np, nano_eggroll as E
 from test_nano_eggroll import random_text
 
-team, rng = E.Team(E.mpi()), np.random.default_rng(7)
+comm, rng = E.mpi(), np.random.default_rng(7)
 ask = [rng.integers(1, 40, 8).tolist() for _ in range(5)]
 for n, (heads, size, layers, vocab, rank, T, pairs, seed) in enumerate(ask):
-    size = size % 12 + 2
+    team, size = E.Team(comm), size % 12 + 2
     cfg = E.Config(dim=size * (1 + heads % 3), head_size=size, layers=1 + layers % 3, vocab=vocab + 1,
                    freeze=("emb", "att.w*") if n % 3 == 1 else ())
     es = E.ES(population=2 * (pairs + 4), rank=1 + rank % 4, tokens=T, steps=12, lr=3, seed=seed)
