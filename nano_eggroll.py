@@ -3012,7 +3012,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
             checkpoint()  # so that it can go on, whatever happens
             append("log.csv", f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,"
                               "equal_pairs,ignored_pairs\n".encode())
-            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra.get("load"),
+            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra["origin"]["load"],
                                  "start": model.sha256(*ARRAYS)}).encode() + b"\n"
             append("scores.bin", header)
             so_far["check"] = zlib.crc32(header)
@@ -3025,8 +3025,9 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         if so_far["steps"]:
             checkpoint()
     except OSError as e:
-        raise UserError(f"cannot write to {out} ({e.strerror}): make room or mend it, then go on with --resume --out "
-                        f"{out}") from None
+        where = "the terminal" if isinstance(e, BrokenPipeError) else out
+        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
+                        ) from None
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)

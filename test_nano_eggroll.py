@@ -2211,6 +2211,27 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
             (only / "model.npz").unlink()
 
 
+@needs_c
+@pytest.mark.parametrize("more", [["--task", "sums", "--temperature", "1"], ["--freeze", "emb"], ["--rank", "3", "--sigma", "2"]])
+def test_a_run_from_a_file_is_rebuilt_from_that(more, run_dir, tmp_path, capsys):
+    """Of a trained model, with its residuals."""
+    base, out = tmp_path / "whole" / "model.npz", tmp_path / "on"
+    args = ["--load", str(base), "--population", "16", "--steps", "30", "--lr", "3", "--out", str(out), *more]
+    assert E.main(args) == 0
+    weights = capsys.readouterr().out.splitlines()[-1]
+    assert weights != run_dir.whole[-1]
+    (out / "model.npz").unlink()
+    assert E.main(["--replay", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == weights
+    moved = base.with_name("moved.npz")
+    base.rename(moved)
+    assert E.main(["--replay", str(out)]) == 2
+    assert str(base) in capsys.readouterr().err
+    assert E.main(["--replay", str(out), "--load", str(moved)]) == 0
+    assert E.main(["--replay", str(out), "--load", str(out / "model.npz")]) == 2
+    assert "not what the run began with" in capsys.readouterr().err
+
+
 def other_scores(header, f=bytes(range(16))):
     """A sound file of 20 steps with that fitness."""
     data, check = header, zlib.crc32(header)
