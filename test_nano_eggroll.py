@@ -1837,6 +1837,21 @@ def test_any_number_of_processes_ends_with_the_same_bits(ranks, prose, tmp_path,
     np.testing.assert_array_equal(one.residual, two.residual)
 
 
+@needs_mpi
+@needs_c
+def test_processes_get_the_problems_of_their_members(tmp_path, capsys):
+    """Also where a share begins in the middle of a group."""
+    args = ["--dim", "16", "--layers", "1", "--population", "40", "--steps", "12", "--lr", "3", "--temperature", "1",
+            "--task", "sums", "--reward", "near", "--group-size", "8", "--threads", "1"]
+    assert E.main([*args, "--out", str(tmp_path / "alone")]) == 0
+    alone = capsys.readouterr().out.splitlines()
+    job = mpiexec((3, [MAIN, *args, "--out", tmp_path / "team"]))
+    out, err = job.communicate(timeout=120)
+    assert out.splitlines()[-2:] == alone[-2:], err
+    assert untimed(tmp_path / "team") == untimed(tmp_path / "alone")
+    assert len({row["train_reward"] for row in untimed(tmp_path / "team")}) > 1
+
+
 DRAWN = """
 import sys
 sys.path.insert(0, {here!r})
