@@ -1839,17 +1839,21 @@ def test_any_number_of_processes_ends_with_the_same_bits(ranks, prose, tmp_path,
 
 @needs_mpi
 @needs_c
-def test_processes_get_the_problems_of_their_members(tmp_path, capsys):
-    """Also where a share begins in the middle of a group."""
+def test_processes_get_the_problems_of_their_members(tmp_path, monkeypatch, capsys):
+    """Also where a share begins in the middle of a group; and with a reward of the user's."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine_for_teams.py").write_text(USERS)
+    problems = [{"prompt": f"say {i}", "answer": "etaoin"[i % 6]} for i in range(40)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, problems)))
     args = ["--dim", "16", "--layers", "1", "--population", "40", "--steps", "12", "--lr", "3", "--temperature", "1",
-            "--task", "sums", "--reward", "near", "--group-size", "8", "--threads", "1"]
-    assert E.main([*args, "--out", str(tmp_path / "alone")]) == 0
+            "--task", "p.jsonl", "--reward", "mine_for_teams:letter", "--group-size", "8", "--length", "40"]
+    assert E.main([*args, "--out", "alone"]) == 0
     alone = capsys.readouterr().out.splitlines()
-    job = mpiexec((3, [MAIN, *args, "--out", tmp_path / "team"]))
+    job = mpiexec((3, [MAIN, *args, "--out", "team", "--threads", "1"]))
     out, err = job.communicate(timeout=120)
     assert out.splitlines()[-2:] == alone[-2:], err
-    assert untimed(tmp_path / "team") == untimed(tmp_path / "alone")
-    assert len({row["train_reward"] for row in untimed(tmp_path / "team")}) > 1
+    assert untimed(Path("team")) == untimed(Path("alone"))
+    assert len({row["train_reward"] for row in untimed(Path("team"))}) > 1
 
 
 DRAWN = """
@@ -2044,6 +2048,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_dir, tmp_path, ca
             continue
         back += 1
         assert model.step == 9
+        assert E.load_model(path).step == 9  # so that the next checkpoint does not replace the only whole one
         assert f"{path} is not" in said or f"no file {path}" in said
         if n % 30 == 0:
             assert E.main(run_dir.resume) == 0
@@ -2212,6 +2217,10 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
         E.move(model, E.NumpyBackend(model.cfg, 1), es, f)
     after[20] = model.sha256()
     assert after[20] == weights.sha256()
+    before = (whole / "model.npz").read_bytes()
+    assert E.main(["--replay", str(whole), "--backend", "numpy"]) == 0
+    assert (whole / "model.npz").read_bytes() == before
+    capsys.readouterr()
     begin, rng = scores.index(b"\n") + 1, random.Random(0)
     for _ in range(12):
         at = rng.randrange(begin, len(scores))
@@ -2227,7 +2236,8 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
 
 
 @needs_c
-@pytest.mark.parametrize("more", [["--task", "sums", "--temperature", "1"], ["--freeze", "emb"], ["--rank", "3", "--sigma", "2"]])
+@pytest.mark.parametrize("more", [["--task", "sums", "--temperature", "1"], ["--freeze", "emb"],
+                                  ["--rank", "3", "--sigma", "2"]])
 def test_a_run_from_a_file_is_rebuilt_from_that(more, run_dir, tmp_path, capsys):
     """Of a trained model, with its residuals."""
     base, out = tmp_path / "whole" / "model.npz", tmp_path / "on"
