@@ -2299,7 +2299,7 @@ def load_run(out: Path) -> Model:
             model = load_model(previous)
         except UserError:
             raise e from None
-        print(f"note: {e.args[0].split(':')[0]}; going on from the checkpoint before, of step {model.step}",
+        print(f"note: {str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}",
               file=sys.stderr)
         os.replace(previous, path)  # so that what is whole is not what the next checkpoint replaces
     if "so_far" not in model.extra:
@@ -2789,7 +2789,7 @@ class Task:
     """What a run trains for."""
 
     fitness: Callable[[Members], ArrayLike]
-    validate: Callable[[Model, Backend, Team], float]
+    validate: Callable[..., float]  # of a model, with a backend and, where there is one, a team
     sample: Callable[[Model, Backend], None]  # prints something that the model writes
     shown: Callable[[float], float]  # a mean fitness as the figure that is shown
     unit: str  # of both figures
@@ -2807,7 +2807,7 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     for a in train, val:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
-    return Task(predict(train, tokens), lambda model, backend, team: evaluate(model, backend, val, tokens, team) / size,
+    return Task(predict(train, tokens), lambda model, backend, team=ALONE: evaluate(model, backend, val, tokens, team) / size,
                 lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
                 lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
                 tokens, val[:32])
@@ -2855,7 +2855,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
     def held_out(model: Model, backend: Backend, problems: Sequence[Problem]) -> list[str]:
         return completions(Members(model, backend, len(problems), (0, 0, 0.0)), problems, 0.0) if problems else []
 
-    def validate(model: Model, backend: Backend, team: Team) -> float:
+    def validate(model: Model, backend: Backend, team: Team = ALONE) -> float:
         own = held[team.rank::team.size]
         found = rewards(own, held_out(model, backend, own))
         return team.total(int(((found >= 1) & np.isfinite(found)).sum())) / len(held)
