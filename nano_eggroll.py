@@ -29,6 +29,7 @@ import argparse
 import ast
 import codecs
 import concurrent.futures
+import contextlib
 import csv
 import ctypes
 import errno
@@ -54,7 +55,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import zipfile
 import zlib
 from collections import Counter
@@ -1958,6 +1958,14 @@ class Team:
             near = comm.Split_type(MPI.COMM_TYPE_SHARED)
             self.local, own = near.rank, sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
             self.sharing = near.allgather(own).count(own)  # not all, where mpiexec has bound each to its own
+            sys.excepthook = self.fail
+
+    def fail(self, *error: Any) -> None:
+        """End the whole job with an exception that nobody caught here, as the others would wait for ever."""
+        print(f"nano_eggroll: rank {self.rank} on {platform.node()} failed:", file=sys.stderr)
+        sys.__excepthook__(*error)
+        sys.stderr.flush()
+        self.comm.Abort(1)
 
     def shares(self, count: int) -> list[int]:
         """Where the parts of `count` things begin and the last of them ends; nobody goes without."""
@@ -1975,7 +1983,7 @@ class Team:
 
     def either(self, *flags: bool) -> list[bool]:
         """Is a flag set in any of the processes?"""
-        return [any(seen) for seen in zip(*self.comm.allgather(flags), strict=True)] if self.comm else list(flags)
+        return [any(seen) for seen in zip(*self.comm.allgather(flags), strict=True)] if self.comm else [*flags]
 
     def first(self, found: Callable[[], Any]) -> Any:
         """What the first process finds."""
@@ -2298,17 +2306,17 @@ def load_run(out: Path) -> Model:
         try:
             model = load_model(previous)
         except UserError:
-            raise e from None
+            raise UserError(f"{e}; where {out / 'scores.bin'} is whole, --replay {out} rebuilds the weights") from None
         print(f"note: {str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}",
               file=sys.stderr)
-        os.replace(previous, path)  # so that what is whole is not what the next checkpoint replaces
+        model.extra["so_far"]["from_previous"] = True
     if "so_far" not in model.extra:
         raise UserError(f"{path} is not from a training run: use --load to start one from it")
     return model
 
 
-def reopen(path: Path, size: int) -> BinaryIO:
-    """A file to append to, cut to what it held at a checkpoint; raises UserError where it holds less."""
+def reopen(path: Path, size: int, check: int) -> BinaryIO:
+    """A file to append to, cut to what it held at a checkpoint: so many bytes of this CRC-32; raises UserError."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115 (its writer closes it)
     try:
         import fcntl
@@ -2318,9 +2326,10 @@ def reopen(path: Path, size: int) -> BinaryIO:
         raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
     except (ImportError, OSError):  # Windows, or a file system without locks
         pass
-    if (more := file.seek(0, os.SEEK_END) - size) < 0:
-        raise UserError(f"{path} is {-more} bytes shorter than at the last checkpoint: put it back, or start a new run "
-                        f"with --load {path.parent / 'model.npz'}")
+    more = file.seek(0, os.SEEK_END) - size
+    if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
+        raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
+                        f"--load {path.parent / 'model.npz'}")
     if more:
         print(f"note: cutting {more} bytes off {path}, which were written after the checkpoint", file=sys.stderr)
         file.truncate(size)
@@ -2330,17 +2339,16 @@ def reopen(path: Path, size: int) -> BinaryIO:
 def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
     """What scores.bin says of its run, and the pairs' fitness of each step, int8 [P/2], see `move`.
 
-    The file is a line of JSON, then a record for each step: the fitness, and the CRC-32 of all of it so far.
+    The file is a line of JSON and its CRC-32, then a record for each step: the fitness, and the CRC-32 of that line and
+    all fitness so far. Raises UserError.
     """
     line = file.readline()
-    try:
-        header = json.loads(line)
-        size = header["es"]["population"] // 2
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file.name} is no scores.bin that a training run wrote: use another copy") from None
+    if not line or zlib.crc32(line) != int.from_bytes(file.read(4), "little"):
+        raise UserError(f"{file.name} is no scores.bin that a training run wrote, or damaged: use another copy")
+    header = json.loads(line)
 
     def steps() -> Iterator[np.ndarray]:
-        check = zlib.crc32(line)
+        check, size = zlib.crc32(line), header["es"]["population"] // 2
         for step in itertools.count():
             f, own = file.read(size), file.read(4)
             check = zlib.crc32(f, check)
@@ -2807,7 +2815,8 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     for a in train, val:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
-    return Task(predict(train, tokens), lambda model, backend, team=ALONE: evaluate(model, backend, val, tokens, team) / size,
+    return Task(predict(train, tokens),
+                lambda model, backend, team=ALONE: evaluate(model, backend, val, tokens, team) / size,
                 lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
                 lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
                 tokens, val[:32])
@@ -2924,7 +2933,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
     """
     every = max(1, es.steps // 20)  # steps between validations
     so_far = model.extra.setdefault("so_far", {
-        "seconds": 0.0, "log.csv": 0, "scores.bin": 0, "check": 0, "limit": at_limit(model), "warned": [],
+        "seconds": 0.0, "log.csv": (0, 0), "scores.bin": (0, 0), "check": 0, "limit": at_limit(model), "warned": [],
         "fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0})  # the last four since the last row of the log
     files = dict[str, BinaryIO]()
     stop: list[int] = []
@@ -2938,7 +2947,8 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         if not team.rank:
             if files[name].write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            so_far[name] += len(data)
+            size, check = so_far[name]
+            so_far[name] = size + len(data), zlib.crc32(data, check)
 
     def checkpoint() -> None:
         nonlocal saved
@@ -2948,6 +2958,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
             for file in files.values():
                 os.fsync(file.fileno())
             save_model(model, out / "model.npz")
+        team.either()  # nobody goes on, or ends the job, before it is written
         saved = time.monotonic()
 
     def warn(name: str, trouble: bool, message: str) -> None:
@@ -2994,10 +3005,10 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         append("scores.bin", f.tobytes() + so_far["check"].to_bytes(4, "little"))
         stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
         mean = so_far["fitness"] / so_far["steps"]
+        if late:
+            checkpoint()
         if due():
             row()
-        elif late:
-            checkpoint()
         if due() or (live and time.monotonic() - shown > 0.2):
             shown, left = time.monotonic(), int((es.steps - model.step) * per_step / speed())
             line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
@@ -3007,17 +3018,19 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
 
     try:
         for name in () if team.rank else ("log.csv", "scores.bin"):
-            files[name] = reopen(out / name, so_far[name])
-        if not so_far["log.csv"]:
+            files[name] = reopen(out / name, *so_far[name])
+        if so_far.pop("from_previous", False) and not team.rank:  # so that the next checkpoint does not replace it
+            os.replace(out / "model.previous.npz", out / "model.npz")
+        if not so_far["log.csv"][0]:
             checkpoint()  # so that it can go on, whatever happens
-            append("log.csv", f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,"
-                              "equal_pairs,ignored_pairs\n".encode())
-            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra["origin"]["load"],
+            columns = f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,equal_pairs"
+            append("log.csv", f"{columns},ignored_pairs\n".encode())
+            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra.get("origin", {}).get("load"),
                                  "start": model.sha256(*ARRAYS)}).encode() + b"\n"
-            append("scores.bin", header)
             so_far["check"] = zlib.crc32(header)
+            append("scores.bin", header + so_far["check"].to_bytes(4, "little"))
         if so_far["steps"] and due():
-            row()  # the validation had failed
+            row()  # which it had not come to
         else:
             val = task.validate(model, backend, team)
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
@@ -3043,9 +3056,9 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
 def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backend]) -> None:
     """Rebuild a run's weights from scores.bin, and from where it began: its seed, or the file of its --load.
 
-    They must be those of model.npz; where that is missing, they are written there. Raises UserError.
+    They must be those of model.npz; where that has fewer steps, they are written to replayed.npz. Raises UserError.
     """
-    path = out / "model.npz"
+    path, rebuilt = out / "model.npz", out / "replayed.npz"
     try:
         file = open(out / "scores.bin", "rb")  # noqa: SIM115 (closed below)
     except OSError as e:
@@ -3057,7 +3070,9 @@ def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backen
         model.cfg, model.step, model.extra = cfg, 0, {"es": header["es"]}
         if model.sha256(*ARRAYS) != header["start"]:
             raise UserError(f"{load or 'the initial model'} is not what the run began with: give that with --load")
-        saved = load_model(path) if path.exists() else None
+        saved = None
+        with contextlib.suppress(UserError):
+            saved = load_model(path)
         engine = backend(cfg, es.rank)
         model.hold(engine.xp)
         for f in scores:
@@ -3068,9 +3083,12 @@ def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backen
     print(f"replayed {model.step} of {es.steps} steps")
     if saved and model.step < saved.step:
         raise UserError(f"{out / 'scores.bin'} ends before {path}, which has {saved.step} steps: use another copy")
-    if not saved:
-        save_model(model, path)
-        print(f"model {path}")
+    if not saved or model.step > saved.step:
+        try:
+            save_model(model, rebuilt)
+        except OSError as e:
+            raise UserError(f"cannot write {rebuilt} ({e.strerror}): make room, or mend it") from None
+        print(f"model {rebuilt}")
     print(f"weights sha256 {model.sha256()}")
 
 
@@ -3184,7 +3202,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; options that were not given are None."""
     p = Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--data", type=Path, help="text; the last 10%% is for validation (data/tales.txt)")
-    p.add_argument("--out", type=Path, help="folder for model.npz and log.csv (out, or out-2, ... where that is taken)")
+    p.add_argument("--out", type=Path, help="folder of the model and its log (out, or out-2, ... where that is taken)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     p.add_argument("--replay", type=Path, metavar="DIR", help="rebuild the weights of a run from its scores.bin")
     p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz, or an official RWKV-7 .pth or "
@@ -3264,6 +3282,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
     def of(names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(a, name) for name in names if getattr(a, name) is not None}
 
+    team.agree("options", {**vars(a), "backend": None, "threads": None})
     given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
     if a.task not in (None, "text", "sums"):
         asked["task"] = str(Path(a.task).resolve())  # to --resume from another folder
@@ -3274,14 +3293,18 @@ def run(a: argparse.Namespace, team: Team) -> None:
         raise UserError(f"--minutes {a.minutes:g} is out of range: give a positive number of minutes")
     if a.top_p is not None and not 0 < a.top_p <= 1:
         raise UserError(f"--top-p {a.top_p:g} is out of range: give more than 0, at most 1")
-    threads = a.threads or max(1, cores() // team.sharing)
+    threads, local = a.threads or max(1, cores() // team.sharing), team.local
 
     def make(cfg: Config, rank: int) -> Backend:
-        return make_backend(a.backend, cfg, rank, threads, team.local)
+        return make_backend(a.backend, cfg, rank, threads, local)
 
-    if team.rank and (a.replay or a.bench or a.sample is not None):
-        return None  # one process is enough
+    if a.replay or a.bench or a.sample is not None:  # one process is enough
+        if team.rank:
+            return None
+        team = ALONE
     if a.replay:
+        if given or shape or asked or a.resume or out or a.data or a.vocab or a.eval or a.bench or a.sample is not None:
+            raise UserError("--replay goes with --load, --backend and --threads only: leave the others out")
         return replay(a.replay, a.load, make)
     origin = {"load": a.load and str(a.load.resolve()), "minutes": a.minutes, "freeze": a.freeze}
     if a.resume:
@@ -3289,7 +3312,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
             raise UserError("--resume needs the folder of the run: add --out")
         model = team.first(lambda: load_run(out))
         was = asdict(model.cfg) | model.extra["es"] | model.extra["ask"] | model.extra["origin"]
-        for name, value in (given | shape | asked | origin).items():
+        for name, value in (given | shape | origin | (asked if a.sample is None else {})).items():
             if value is not None and value != was[name]:
                 raise UserError(f"--{name.replace('_', '-')} {value} is not the {was[name]} of the run in {out}: leave "
                                 "it out to go on with that run, or start another")
@@ -3336,7 +3359,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
     task = text_task(text, val_text, vocab, es.tokens, es.seed) if is_text else answer_task(ask, vocab, es.population)
     engine = make(model.cfg, es.rank)
     if a.eval:
-        print(f"{task.unit} {task.validate(model, engine, ALONE if sampling else team):.4f}")
+        print(f"{task.unit} {task.validate(model, engine, team):.4f}")
         return None
 
     if a.plot and not importlib.util.find_spec("matplotlib"):
@@ -3358,8 +3381,9 @@ def run(a: argparse.Namespace, team: Team) -> None:
         model.step, model.extra = 0, {
             "es": asdict(es), "ask": asdict(ask), "origin": origin, "files": hashes, "data": str(data.resolve()),
             "vocab": str(vocab_file.resolve()) if vocab_file else None}
-        out = team.first(lambda: prepare_out(out))
-    team.agree("settings, files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
+    team.agree("files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
+    team.shares(es.population // 2)  # are there enough?
+    out = out if a.resume else team.first(lambda: prepare_out(out))
     print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
           f"backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
     figure = train(model, engine, es, task, out, team)
@@ -3406,10 +3430,6 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(e), 2
     except KeyboardInterrupt:
         message, code = "stopped", 130
-    except Exception:
-        if not team.comm:
-            raise
-        message, code = traceback.format_exc(), 1
     if team.rank:
         time.sleep(1)  # where all have the same trouble, the first one says it and ends the job
         message = f"rank {team.rank} on {platform.node()}: {message}"

@@ -1893,8 +1893,9 @@ def test_drawn_models_end_with_the_same_bits_on_any_number_of_processes(tmp_path
 
 
 ODD = {  # what the last of three processes does differently, and what is said
-    "another seed": (["--seed", "1"], "", "settings, files or weights"),
-    "no such data": (["--data", "nowhere.txt"], "", "nowhere.txt"),
+    "another seed": (["--seed", "1"], "", "options"),
+    "other options": (["--minutes", "1"], "", "options"),
+    "another text": ([], "", "files or weights"),
     "a weight": ([], "if team.rank == 2 and model.step == 9: model.q[99] ^= 1", "weights or scores in step 16"),
     "a scale": ([], "if team.rank == 2 and model.step == 9: model.scale[9] *= 2", "weights or scores in step 16"),
     "a score": ([], "if team.rank == 2 and model.step == 16: backend.score = lambda *a, **k: np.zeros(len(a[2]), 'i4')",
@@ -1915,6 +1916,10 @@ def test_a_process_that_differs_ends_the_job_with_its_name(name, prose, tmp_path
     source = Path(MAIN).read_text()
     assert source.count(at) == 1
     (tmp_path / "odd.py").write_text(source.replace(at, f"    {fault or 'pass'}\n{at}"))
+    if "text" in name:  # of the same name, on another machine
+        read = "hashlib.sha256(path.read_bytes())"
+        assert source.count(read) == 1
+        (tmp_path / "odd.py").write_text(source.replace(read, f"{read[:-1]} + b'x' * (mpi().rank == 2))"))
     args = [tmp_path / "odd.py", *QUICK, "--steps", "40", "--data", prose, "--out", tmp_path / "run"]
     job = mpiexec((2, args), (1, [*args, *more]))
     _, err = job.communicate(timeout=120)
@@ -2048,10 +2053,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_dir, tmp_path, ca
             continue
         back += 1
         assert model.step == 9
-        assert E.load_model(path).step == 9  # so that the next checkpoint does not replace the only whole one
         assert f"{path} is not" in said or f"no file {path}" in said
         if n % 30 == 0:
-            assert E.main(run_dir.resume) == 0
+            def careful(model, at, save=E.save_model):
+                E.load_model(at)  # what this checkpoint puts aside must be whole
+                save(model, at)
+
+            with mock.patch.object(E, "save_model", careful):
+                assert E.main(run_dir.resume) == 0
             assert capsys.readouterr().out.splitlines()[-2:] == run_dir.whole
             assert untimed(run_dir.out) == untimed(tmp_path / "whole")
     assert back > 300
@@ -2059,7 +2068,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_dir, tmp_path, ca
         if p.suffix == ".npz":
             p.write_bytes(b"")
     assert E.main(run_dir.resume) == 2
-    assert str(path) in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert str(path) in err
+    assert f"--replay {run_dir.out}" in err
+    assert E.main(["--replay", str(run_dir.out)]) == 0
+    assert E.load_model(run_dir.out / "replayed.npz").step == 10
 
 
 def test_what_was_written_after_the_checkpoint_is_cut_off_and_what_is_missing_is_said(run_dir, tmp_path, capsys):
@@ -2073,11 +2086,13 @@ def test_what_was_written_after_the_checkpoint_is_cut_off_and_what_is_missing_is
     assert out.splitlines()[-2:] == run_dir.whole
     assert untimed(run_dir.out) == untimed(tmp_path / "whole")
     assert (run_dir.out / "scores.bin").read_bytes() == (tmp_path / "whole" / "scores.bin").read_bytes()
-    for name in "log.csv", "scores.bin":
+    changes = [lambda data: data[:-1], lambda data: data[:9] + b"x" + data[10:],
+               lambda data: data.replace(b"\n", b"\r\n")]
+    for name, change in itertools.product(("log.csv", "scores.bin"), changes):
         for p, content in run_dir.files.items():
-            p.write_bytes(content[:-1] if p.name == name else content)
+            p.write_bytes(change(content) if p.name == name else content)
         assert E.main(run_dir.resume) == 2
-        assert f"{name} is 1 bytes shorter" in capsys.readouterr().err
+        assert f"{name} is not what it was" in capsys.readouterr().err
 
 
 SETTINGS = {"--population": "64", "--rank": "2", "--tokens": "17", "--steps": "21", "--sigma": "2", "--lr": "1",
@@ -2156,7 +2171,8 @@ def test_a_read_only_folder_is_said(run_dir, prose, capsys):
 
 def test_two_processes_do_not_write_into_one_folder(run_dir, capsys):
     pytest.importorskip("fcntl")
-    with E.reopen(run_dir.out / "log.csv", len(run_dir.files[run_dir.out / "log.csv"])):
+    log = run_dir.files[run_dir.out / "log.csv"]
+    with E.reopen(run_dir.out / "log.csv", len(log), zlib.crc32(log)):
         assert E.main(run_dir.resume) == 2
     assert "another process" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in run_dir.out.iterdir()} == run_dir.files
@@ -2198,7 +2214,8 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
     whole = tmp_path / "whole"
     weights = E.load_model(whole / "model.npz")
     scores, only = (whole / "scores.bin").read_bytes(), tmp_path / "only"
-    assert len(scores) - scores.index(b"\n") - 1 == 20 * (16 + 4)
+    begin, rng = scores.index(b"\n") + 5, random.Random(0)
+    assert len(scores) - begin == 20 * (16 + 4)
     only.mkdir()
     for backend in BACKENDS:
         (only / "scores.bin").write_bytes(scores)
@@ -2206,9 +2223,9 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
         out = capsys.readouterr().out.splitlines()
         assert out[0] == "replayed 20 of 20 steps"
         assert out[-1] == run_dir.whole[-1]
-        rebuilt = E.load_model(only / "model.npz")
+        rebuilt = E.load_model(only / "replayed.npz")
         assert rebuilt.sha256("q", "residual", "scale") == weights.sha256("q", "residual", "scale")
-        (only / "model.npz").unlink()
+        (only / "replayed.npz").unlink()
     after, model, es = {}, E.new_model(weights.cfg, 0), E.ES(**weights.extra["es"])
     header, steps = E.read_scores(io.BytesIO(scores))
     assert header["es"] == weights.extra["es"]
@@ -2217,11 +2234,10 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
         E.move(model, E.NumpyBackend(model.cfg, 1), es, f)
     after[20] = model.sha256()
     assert after[20] == weights.sha256()
-    before = (whole / "model.npz").read_bytes()
+    before = {p: p.read_bytes() for p in whole.iterdir()}
     assert E.main(["--replay", str(whole), "--backend", "numpy"]) == 0
-    assert (whole / "model.npz").read_bytes() == before
+    assert {p: p.read_bytes() for p in whole.iterdir()} == before
     capsys.readouterr()
-    begin, rng = scores.index(b"\n") + 1, random.Random(0)
     for _ in range(12):
         at = rng.randrange(begin, len(scores))
         for damaged in scores[:at], scores[:at] + bytes([scores[at] ^ 1 << rng.randrange(8)]) + scores[at + 1:]:
@@ -2232,7 +2248,7 @@ def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
             assert out.splitlines()[0] == f"replayed {n} of 20 steps"
             assert out.splitlines()[-1] == f"weights sha256 {after[n]}"
             assert ("torn or damaged" in err) == (damaged != scores[:begin + 20 * n])
-            (only / "model.npz").unlink()
+            (only / "replayed.npz").unlink()
 
 
 @needs_c
@@ -2245,7 +2261,6 @@ def test_a_run_from_a_file_is_rebuilt_from_that(more, run_dir, tmp_path, capsys)
     assert E.main(args) == 0
     weights = capsys.readouterr().out.splitlines()[-1]
     assert (weights == run_dir.whole[-1]) == ("sums" in more)  # of which it knows nothing
-    (out / "model.npz").unlink()
     assert E.main(["--replay", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == weights
     moved = base.with_name("moved.npz")
@@ -2260,7 +2275,8 @@ def test_a_run_from_a_file_is_rebuilt_from_that(more, run_dir, tmp_path, capsys)
 
 def other_scores(header, f=bytes(range(16))):
     """A sound file of 20 steps with that fitness."""
-    data, check = header, zlib.crc32(header)
+    check = zlib.crc32(header)
+    data = header + check.to_bytes(4, "little")
     for _ in range(20):
         check = zlib.crc32(f, check)
         data += f + check.to_bytes(4, "little")
@@ -2271,7 +2287,9 @@ BAD_SCORES = {
     "not there": (lambda scores: None, "scores.bin"),
     "empty": (lambda scores: b"", "no scores.bin"),
     "not scores": (lambda scores: b"hello\nworld\n", "no scores.bin"),
-    "another start": (lambda scores: scores.replace(b'"seed": 0', b'"seed": 1'), "not what the run began with"),
+    "a damaged header": (lambda scores: scores.replace(b'"seed": 0', b'"seed": 1'), "damaged"),
+    "another start": (lambda scores: other_scores(scores.splitlines()[0].replace(b'"seed": 0', b'"seed": 1') + b"\n"),
+                      "not what the run began with"),
     "too short": (lambda scores: scores[:-60], "ends before"),
     "of another run": (lambda scores: other_scores(scores.splitlines()[0] + b"\n"), "not those of"),
 }
