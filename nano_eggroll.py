@@ -3025,7 +3025,8 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
             checkpoint()  # so that it can go on, whatever happens
             columns = f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,equal_pairs"
             append("log.csv", f"{columns},ignored_pairs\n".encode())
-            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra.get("origin", {}).get("load"),
+            load = model.extra.get("origin", {}).get("load")
+            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": load,
                                  "start": model.sha256(*ARRAYS)}).encode() + b"\n"
             so_far["check"] = zlib.crc32(header)
             append("scores.bin", header + so_far["check"].to_bytes(4, "little"))

@@ -2209,6 +2209,27 @@ def test_checkpoints_are_at_most_half_a_minute_apart(prose, tmp_path, monkeypatc
     assert {n for n, _ in saved if n % 10}
 
 
+def test_a_validation_that_fails_is_made_up_for(prose, tmp_path, monkeypatch, capsys):
+    """After half a minute without one, a checkpoint comes before the validation, too; here always."""
+    args = [*QUICK, "--steps", "60", "--data", str(prose), "--backend", "numpy"]
+    assert E.main([*args, "--out", str(tmp_path / "whole")]) == 0
+    whole, clock, evaluate = capsys.readouterr().out.splitlines(), itertools.count(step=40), E.evaluate
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    calls = itertools.count()
+
+    def failing(*a):
+        if next(calls) == 4:
+            raise E.UserError("no luck")
+        return evaluate(*a)
+
+    monkeypatch.setattr(E, "evaluate", failing)
+    assert E.main([*args, "--out", str(tmp_path / "run")]) == 2
+    assert E.load_run(tmp_path / "run").step == 12
+    assert E.main(["--resume", "--out", str(tmp_path / "run"), "--backend", "numpy"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == whole[-2:]
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
+
+
 def test_scores_alone_rebuild_the_weights(run_dir, tmp_path, capsys):
     """From the seed and scores.bin; cut off or changed anywhere, it still gives the steps before that."""
     whole = tmp_path / "whole"
