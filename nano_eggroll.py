@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=2.0"]
+# ///
 """nano_eggroll: train an int8 RWKV-7 language model with EGGROLL, in one file, without backpropagation.
 
     python nano_eggroll.py                              train on data/tales.txt (about 3 minutes on 2 cores), then write
@@ -93,6 +97,7 @@ class Config:
     freeze: tuple[str, ...] = ()  # parts of names, * for any: these parameters have no noise and are not updated
 
     def __post_init__(self) -> None:
+        """Fill in ffn, and check; raises UserError."""
         object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
         object.__setattr__(self, "lora", tuple(self.lora))
         object.__setattr__(self, "freeze", tuple(self.freeze))
@@ -171,7 +176,7 @@ def words(entries: int) -> int:
 
 
 def frozen(name: str, part: str) -> bool:
-    """Does this part, like emb, att or att.w*, name this parameter?"""
+    """Whether a part, like emb, att or att.w*, names this parameter."""
     return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
 
 
@@ -1546,6 +1551,7 @@ class NumpyBackend:
     memory = 2**28  # bytes, roughly: bounds how many members are run at once
 
     def __init__(self, cfg: Config, rank: int) -> None:
+        """cfg: of the models to run; rank: of their perturbations."""
         self.cfg, self.rank = cfg, rank
         self.units, self.starts = update_units(cfg)
 
@@ -1635,6 +1641,7 @@ class KernelBackend:
     """
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
+        """cfg, rank: as in NumpyBackend; name: c or cuda. Raises UserError where the kernel cannot be built."""
         self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
         (self.units, self.starts), self.launchers = update_units(cfg), dict[str, tuple[Any, Any]]()
         self.xp = self.launcher("score")[0].xp
@@ -1743,6 +1750,7 @@ class CLauncher:
     xp = np
 
     def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
+        """source: see `kernel_source`; flags: for the compiler. Raises UserError."""
         self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
         sizes = np.zeros(len(Sizes._fields), np.int32)
         self.lib.sizes(*c_arguments((sizes,)))
@@ -1774,7 +1782,8 @@ class CudaLauncher:
     """Runs kernels on the GPU: as many blocks as it holds at once, which take the tasks in turn."""
 
     def __init__(self, source: str) -> None:
-        import cupy
+        """source: see `kernel_source`. Raises UserError."""
+        import cupy  # type: ignore
 
         try:
             device, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
@@ -1855,6 +1864,7 @@ class ES:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Check; raises UserError."""
         # 127 pairs x rank must fit int32 in Z, and T losses of 63 bits in a score
         limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127}
         for name, most in limits.items():
@@ -1982,7 +1992,7 @@ class Team:
             self.comm.Allgatherv(MPI.IN_PLACE, [whole, (np.diff(edges), edges[:-1])])
 
     def either(self, *flags: bool) -> list[bool]:
-        """Is a flag set in any of the processes?"""
+        """Whether each flag is set in any of the processes."""
         return [any(seen) for seen in zip(*self.comm.allgather(flags), strict=True)] if self.comm else [*flags]
 
     def first(self, found: Callable[[], Any]) -> Any:
@@ -2120,7 +2130,7 @@ def cuda_device(local: int = 0) -> str:
     Raises UserError where there is none, saying why.
     """
     try:
-        import cupy
+        import cupy  # type: ignore
     except ImportError as e:
         raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
     try:
@@ -2379,7 +2389,8 @@ def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
     Interprets just the opcodes that tensors need. What the file names is never imported, but known or refused.
     """
     known: dict[str, Callable[..., Any]] = {
-        "collections OrderedDict": lambda: {}, "torch._utils _rebuild_tensor_v2": tensor,
+        "collections OrderedDict": lambda: {},  # noqa: PIE807 (dict would take arguments)
+        "torch._utils _rebuild_tensor_v2": tensor,
         "torch._utils _rebuild_parameter": lambda data, needs_gradient, hooks: data}
     stack: list[Any] = []
     marks: list[int] = []
@@ -2786,6 +2797,7 @@ class Asking:
     stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
 
     def __post_init__(self) -> None:
+        """Check; raises UserError."""
         if self.temperature and not 0.001 <= self.temperature <= 100:
             raise UserError(f"--temperature {self.temperature} is out of range: choose 0, or 0.001 to 100")
         if self.length < 0:
@@ -2884,10 +2896,10 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
 
 def plot(out: Path, marks: dict[str, float], task: Task) -> None:
     """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
-    import matplotlib
+    import matplotlib  # type: ignore
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # type: ignore
 
     with open(out / "log.csv") as f:
         rows = list(csv.DictReader(f))
