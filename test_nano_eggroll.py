@@ -1981,35 +1981,45 @@ def test_a_process_of_a_job_without_mpi_is_one_line(tmp_path, monkeypatch, capsy
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize(("backend", "kills"), [("numpy", 50), ("c", 60)])
 def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(backend, kills, prose, tmp_path):
-    """SIGKILL, again and again; nothing that was shown as validated is lost, and the end is the same."""
+    """SIGKILL, again and again, of drawn runs; nothing that was shown as validated is lost, and the end is the same."""
     if backend not in BACKENDS:
         pytest.skip("no C compiler")
-    steps = "60" if backend == "numpy" else "2000"
-    args = [sys.executable, MAIN, *QUICK, "--steps", steps, "--data", str(prose), "--backend", backend]
-    began = time.monotonic()
-    whole = subprocess.run([*args, "--out", str(tmp_path / "whole")], check=True, capture_output=True, text=True)
-    usual, rng, killed, finished, resumed = time.monotonic() - began, random.Random(1), 0, 0, 0
-    while killed < kills or not finished:
-        out = tmp_path / f"parts{finished}"
-        go_on = (out / "model.npz").exists() or (out / "model.previous.npz").exists()
-        resumed += go_on
-        run = subprocess.Popen([*args, "--out", str(out), *["--resume"] * go_on], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(rng.uniform(0.1, 1) * usual)
-        run.kill()
-        said, err = run.communicate()
-        assert run.returncode in (0, -signal.SIGKILL), err
-        if run.returncode:
-            killed += 1
-            done = [int(n) for n in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
-            assert not done or E.load_run(out).step >= max(done)
-        else:
-            finished += 1
-            assert said.splitlines()[-1] == whole.stdout.splitlines()[-1]
-            assert untimed(out) == untimed(tmp_path / "whole")
-            assert (out / "scores.bin").read_bytes() == (tmp_path / "whole" / "scores.bin").read_bytes()
+    rng, killed, finished, resumed = random.Random(1), 0, 0, 0
+    while killed < kills or finished < 4:
+        head = rng.choice([4, 8, 16])
+        drawn = {"--head-size": head, "--dim": head * rng.choice([1, 2]), "--layers": rng.choice([1, 2]), "--lr": 2,
+                 "--rank": rng.choice([1, 2]), "--population": 2 * rng.randint(4, 12), "--tokens": rng.randint(3, 12),
+                 "--seed": rng.randrange(2**32), "--sigma": rng.choice([0.5, 1, 2]), "--data": prose,
+                 "--freeze": rng.choice(["", "emb", "att.w*"]), "--steps": 40 if backend == "numpy" else 2000,
+                 "--backend": backend, "--threads": 1}
+        args = [sys.executable, MAIN, *(str(item) for pair in drawn.items() for item in pair), "--out"]
+        one, out = tmp_path / f"whole{finished}", tmp_path / f"parts{finished}"
+        subprocess.run([*args, str(one), "--steps", "1"], check=True, capture_output=True)  # it may have to compile
+        shutil.rmtree(one)
+        began = time.monotonic()
+        whole = subprocess.run([*args, str(one)], check=True, capture_output=True, text=True).stdout
+        usual, code = time.monotonic() - began, None
+        while code != 0:
+            go_on = bool(list(out.glob("model*.npz")))
+            resumed += go_on
+            run = subprocess.Popen([*args, str(out), *["--resume"] * go_on], text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(rng.uniform(0.1, 0.8) * usual)
+            run.kill()
+            said, err = run.communicate()
+            code = run.returncode
+            assert code in (0, -signal.SIGKILL), err
+            if code:
+                killed += 1
+                done = [int(n) for n in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
+                assert not done or E.load_run(out).step >= max(done)
+        finished += 1
+        assert said.splitlines()[-1] == whole.splitlines()[-1]
+        assert untimed(out) == untimed(one)
+        assert (out / "scores.bin").read_bytes() == (one / "scores.bin").read_bytes()
     assert resumed > kills / 4
+    print(f"{killed} kills, {resumed} resumed, {finished} runs")
 
 
 @pytest.fixture
