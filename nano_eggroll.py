@@ -247,7 +247,7 @@ class Model:
 
     def sha256(self, *arrays: str) -> str:
         """Hash of the named arrays, by default of the int8 buffer: two runs are equal when this is."""
-        return hashlib.sha256(b"".join(host(getattr(self, name)).tobytes() for name in arrays or ["q"])).hexdigest()
+        return digest(host(getattr(self, name)) for name in arrays or ["q"]).hex()
 
     def hold(self, xp: Any) -> None:
         """Have q and residual where the arrays of a module are: cupy's on the GPU, numpy's in memory."""
@@ -255,6 +255,11 @@ class Model:
 
 
 ARRAYS = ("q", "scale", "residual")  # a model's arrays
+
+
+def digest(arrays: Iterable[np.ndarray]) -> bytes:
+    """SHA-256 of arrays, one after the other."""
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()
 
 
 def host(a: Any) -> np.ndarray:
@@ -1977,12 +1982,16 @@ class Team:
         sys.stderr.flush()
         self.comm.Abort(1)
 
+    @property
+    def ends(self) -> np.ndarray:
+        """Where the work of each process begins and that of the last one ends, 0 to 1."""
+        return np.cumsum([0, *self.speed]) / self.speed.sum()
+
     def shares(self, count: int) -> list[int]:
         """Where the parts of `count` things begin and the last of them ends; nobody goes without."""
         if count < self.size:
             raise UserError(f"{self.size} processes have {count} pairs to share: choose a larger --population or less")
-        to = np.cumsum([0, *self.speed]) / self.speed.sum()
-        return (np.arange(self.size + 1) + np.rint(to * (count - self.size)).astype(int)).tolist()
+        return (np.arange(self.size + 1) + np.rint(self.ends * (count - self.size)).astype(int)).tolist()
 
     def gather(self, whole: np.ndarray, edges: Sequence[int]) -> None:
         """Complete an array of which each process has whole[edges[rank]:edges[rank + 1]]."""
@@ -2014,8 +2023,8 @@ class Team:
 
     def parts(self, backend: Backend) -> tuple[range, list[int]]:
         """The units of the update that are this process's, and where in the flat buffer those of each begin."""
-        starts, to = backend.starts, np.cumsum([0, *self.speed]) / self.speed.sum()
-        cuts = np.searchsorted(starts, np.rint(starts[0] + to * (starts[-1] - starts[0]))).tolist()
+        starts = backend.starts
+        cuts = np.searchsorted(starts, np.rint(starts[0] + self.ends * (starts[-1] - starts[0]))).tolist()
         return range(cuts[self.rank], cuts[self.rank + 1]), starts[cuts].tolist()
 
     def update(self, model: Model, backend: Backend, f: np.ndarray, seed: int, gain: float) -> None:
@@ -2115,8 +2124,8 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
     """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
     def fitness(members: Members) -> np.ndarray:
         seed, step, _ = members.noise
-        start = segments(text, tokens, seed, step, members.numbers // 2)
-        return -members.cost(text, start, tokens)
+        start = segments(text, tokens, seed, step, members.numbers[::2] // 2)
+        return -members.cost(text, np.repeat(start, 2), tokens)
     return fitness
 
 
@@ -2268,7 +2277,7 @@ def save_model(model: Model, path: Path) -> None:
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as f:
-            np.savez(f, **arrays, check=np.frombuffer(digest(arrays), np.uint8))  # type: ignore[arg-type]
+            np.savez(f, **arrays, check=np.frombuffer(digest(arrays.values()), np.uint8))  # type: ignore[arg-type]
             f.flush()
             os.fsync(f.fileno())
         if path.exists():
@@ -2279,11 +2288,6 @@ def save_model(model: Model, path: Path) -> None:
         raise
 
 
-def digest(arrays: dict[str, np.ndarray]) -> bytes:
-    """SHA-256 of a saved model's arrays."""
-    return hashlib.sha256(b"".join(arrays[k].tobytes() for k in (*ARRAYS, "meta"))).digest()
-
-
 def load_model(path: Path) -> Model:
     """Read model.npz, or an official checkpoint; raises UserError unless every byte is as it was written."""
     if path.suffix.lower() in (".pth", ".safetensors"):
@@ -2291,7 +2295,7 @@ def load_model(path: Path) -> Model:
     try:
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
-        if digest(arrays) != arrays["check"].tobytes():
+        if digest(arrays[k] for k in (*ARRAYS, "meta")) != arrays["check"].tobytes():
             raise ValueError("its checksum is wrong")
         meta = json.loads(arrays["meta"].tobytes())
         q, scale, residual = (arrays[k] for k in ARRAYS)
@@ -3340,15 +3344,13 @@ def run(a: argparse.Namespace, team: Team) -> None:
             if not fits and getattr(a, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with {where}: leave it out, or add that")
     vocab = Vocab(vocab_file)
-    if a.resume:
-        pass
-    elif a.load:
+    if a.load and not a.resume:
         model = load_model(a.load)
         if any(getattr(model.cfg, name) != value for name, value in shape.items()):
             raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
         if a.tokens is None and "es" in model.extra:
             es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
-    else:
+    elif not a.resume:
         if a.eval or sampling:
             raise UserError("--eval and --sample need a model: add --load model.npz")
         model = new_model(Config(**shape, vocab=vocab.size), es.seed)
