@@ -2180,12 +2180,48 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
 # Text and tokens
 
 
-class Vocab:
-    """Tokens and their bytes: each byte is one or, with a file, as the RWKV World models have them."""
+BYTES = bytes(range(256))
+TOKENS, MOST_TOKENS = 1024, 4096  # of a learned vocabulary, by default and at most: time and memory grow with V^2
 
-    def __init__(self, path: Path | None = None) -> None:
-        """Read lines of the form: id 'Python literal' length-in-bytes. Raises UserError."""
-        self.bytes = dict(enumerate(bytes([i]) for i in range(256)))  # of each token
+
+def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
+    """The first `size` merges of a byte-pair encoding (arXiv 1508.07909) of this text's first 4 MB, or all there are.
+
+    The first tokens are the known bytes. Each merge is the pair of tokens that was the most frequent (of several, the
+    lowest) when the merges before had been made, and is the next token. Only letters merge, with each other or with a
+    space before them, so that digits, signs and newlines remain single bytes.
+    """
+    units, V, merges = Vocab(None, known).units(text[:2**22]), len(known) + size, list[list[int]]()
+    letters = np.array([bytes([i]).isalpha() or i > 127 for i in known] + [True] * size)
+    starts = letters | np.array([i == ord(" ") for i in known] + [False] * size)  # what may be left of letters
+    while len(merges) < size:
+        tokens = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
+        left, right = tokens[:-1], tokens[1:]
+        count = np.bincount((left * V + right)[starts[left] & letters[right]], minlength=1)
+        if count.max() < 2:
+            break
+        a, b = divmod(int(count.argmax()), V)
+        new = len(known) + len(merges)
+        letters[new] = letters[a]
+        units = units.replace(chr(a) + chr(b), chr(new))
+        merges.append([a, b])
+    return merges
+
+
+class Vocab:
+    """Tokens and their bytes: those of a text and merged pairs of tokens; or of a file, like the RWKV World models'."""
+
+    def __init__(self, path: Path | None = None, known: bytes = BYTES,
+                 merges: Sequence[Sequence[int]] = ()) -> None:
+        """Bytes and merges as of `learn_merges`, or a file with lines of the form: id 'Python literal' length-in-bytes.
+
+        Raises UserError.
+        """
+        self.known, self.merges = known, merges
+        self.bytes = dict(enumerate(bytes([i]) for i in known))  # of each token
+        for a, b in merges:
+            self.bytes[len(self.bytes)] = self.bytes[a] + self.bytes[b]
+        self.size = len(self.bytes)  # V
         if path:
             try:
                 self.bytes = {}
@@ -2200,6 +2236,7 @@ class Vocab:
                 for byte in range(256):
                     if bytes([byte]) not in self.bytes.values():
                         raise ValueError(f"no token is the byte {byte}")
+                self.size = -(-(max(self.bytes) + 1) // 64) * 64  # the World models have 65,536 for 65,529 tokens
             except OSError as e:
                 raise UserError(f"cannot read {path} ({e.strerror}): give rwkv_vocab_v20230424.txt, which is in the "
                                 "PyPI package rwkv") from None
@@ -2207,17 +2244,26 @@ class Vocab:
                 raise UserError(f"{path} is no vocabulary ({e}): use rwkv_vocab_v20230424.txt of the PyPI package rwkv"
                                 ) from None
         self.id = {token: i for i, token in self.bytes.items()}
-        self.size = -(-(max(self.bytes) + 1) // 64) * 64  # V; the World models have 65,536
-        self.end = 0 if path else ord("\n")  # ends an answer; the World models' end of text
+        self.end = 0 if path else self.id.get(b"\n", 0)  # ends an answer; the World models' end of text
         self.lengths: dict[bytes, list[int]] = {}  # of the tokens that start with these two bytes, longest first
         for token in sorted(self.id, key=len, reverse=True) if path else ():
             if len(token) not in (known := self.lengths.setdefault(token[:2], [])):
                 known.append(len(token))
 
+    def units(self, text: bytes) -> str:
+        """A text before any merge, as one character for each token; raises UserError."""
+        if strange := text.translate(None, self.known):
+            raise UserError(f"the model has no token for the byte {strange[:1]!r}, which was not in the text that it "
+                            "began with: leave it out, or start a model with that text and --vocab bytes")
+        return text.translate(bytes.maketrans(self.known, bytes(range(len(self.known))))).decode("latin-1")
+
     def encode(self, text: bytes) -> np.ndarray:
-        """Tokens of a text, uint16: always the longest that fits."""
+        """Tokens of a text, uint16: all merges in their order; with a file always the longest that fits."""
         if not self.lengths:
-            return np.frombuffer(text, np.uint8).astype(np.uint16)
+            units = self.units(text)
+            for token, (a, b) in enumerate(self.merges, len(self.known)):
+                units = units.replace(chr(a) + chr(b), chr(token))
+            return np.frombuffer(units.encode("utf-16-le"), np.uint16)
         found, at = [], 0
         while at < len(text):
             for n in (*self.lengths.get(text[at:at + 2], ()), 1):  # there is a token for each byte
@@ -3226,7 +3272,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    ".safetensors")
     p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
     p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
-    p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, like rwkv_vocab_v20230424.txt (bytes)")
+    p.add_argument("--vocab", metavar="N|bytes|FILE", help=f"number of tokens to learn from --data ({TOKENS}), bytes "
+                   "for all 256 and no others, or a file like rwkv_vocab_v20230424.txt")
     p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, "
                    "like emb,att.w*; '' for none (with --load and --vocab: emb,head)")
     for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
@@ -3303,7 +3350,11 @@ def run(a: argparse.Namespace, team: Team) -> None:
     given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
     if a.task not in (None, "text", "sums"):
         asked["task"] = str(Path(a.task).resolve())  # to --resume from another folder
-    es, ask, out, data, vocab_file = ES(**given), Asking(**asked), a.out, a.data or DATA, a.vocab
+    es, ask, out, data = ES(**given), Asking(**asked), a.out, a.data or DATA
+    count = 256 if a.vocab == "bytes" else int(a.vocab) if (a.vocab or "").isdecimal() else 0
+    vocab_file = Path(a.vocab) if a.vocab and not count else None
+    if count > MOST_TOKENS:
+        raise UserError(f"--vocab {count} is out of range: learn {MOST_TOKENS} tokens at most, or give a file of them")
     if a.threads is not None and a.threads < 1:
         raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
     if a.minutes is not None and not 0 < a.minutes < 1e6:
@@ -3334,7 +3385,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {value} is not the {was[name]} of the run in {out}: leave "
                                 "it out to go on with that run, or start another")
         es, ask, data = ES(**model.extra["es"]), Asking(**model.extra["ask"]), a.data or Path(model.extra["data"])
-        vocab_file = a.vocab or (model.extra["vocab"] and Path(model.extra["vocab"]))
+        vocab_file = vocab_file or (model.extra["vocab"] and Path(model.extra["vocab"]))
     is_text, sampling = ask.task == "text", a.sample is not None
     of_sums = "--task sums or a file of problems"
     for names, fits, where in ((["data"], is_text, "--task text"), (["top_p"], sampling, "--sample"),
@@ -3343,19 +3394,27 @@ def run(a: argparse.Namespace, team: Team) -> None:
         for name in names:
             if not fits and getattr(a, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} goes with {where}: leave it out, or add that")
-    vocab = Vocab(vocab_file)
+    text, val_text = read_text(data) if is_text and (a.eval or not sampling) else (b"", b"")
     if a.load and not a.resume:
         model = load_model(a.load)
         if any(getattr(model.cfg, name) != value for name, value in shape.items()):
             raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
         if a.tokens is None and "es" in model.extra:
             es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
-    elif not a.resume:
+    if a.load or a.resume:
+        known = bytes.fromhex(model.extra.get("known", BYTES.hex()))
+        vocab = Vocab(vocab_file, known, model.extra.get("merges", ()))
+    else:
         if a.eval or sampling:
             raise UserError("--eval and --sample need a model: add --load model.npz")
+        known = bytes(sorted({*text, *val_text, *b"\n"})) if text and a.vocab != "bytes" else BYTES
+        vocab = Vocab(vocab_file, known, learn_merges(text, known, (count or TOKENS) - len(known)))
         model = new_model(Config(**shape, vocab=vocab.size), es.seed)
-    if model.cfg.vocab != 256 and not vocab_file:
-        raise UserError(f"the model has {model.cfg.vocab:,} tokens, not the 256 bytes: give their file with --vocab")
+    if count and count != len(vocab.bytes):
+        raise UserError(f"--vocab {a.vocab} is not the {len(vocab.bytes)} tokens of the model, or that the text gives: "
+                        "leave it out")
+    if model.cfg.vocab != vocab.size and not vocab_file:
+        raise UserError(f"the model has {model.cfg.vocab:,} tokens, which it does not name: give their file with --vocab")
     if model.cfg.vocab < vocab.size:
         raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give its own --vocab")
     if not a.resume:
@@ -3370,7 +3429,6 @@ def run(a: argparse.Namespace, team: Team) -> None:
         write_sample(model, make(model.cfg, es.rank), vocab, a.sample, **how)
         if not a.eval:
             return None
-    text, val_text = read_text(data) if is_text else (b"", b"")
     task = text_task(text, val_text, vocab, es.tokens, es.seed) if is_text else answer_task(ask, vocab, es.population)
     engine = make(model.cfg, es.rank)
     if a.eval:
@@ -3395,7 +3453,8 @@ def run(a: argparse.Namespace, team: Team) -> None:
             print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
         model.step, model.extra = 0, {
             "es": asdict(es), "ask": asdict(ask), "origin": origin, "files": hashes, "data": str(data.resolve()),
-            "vocab": str(vocab_file.resolve()) if vocab_file else None}
+            "vocab": str(vocab_file.resolve()) if vocab_file else None, "known": vocab.known.hex(),
+            "merges": vocab.merges}
     team.agree("files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
     team.shares(es.population // 2)  # are there enough?
     out = out if a.resume else team.first(lambda: prepare_out(out))

@@ -27,7 +27,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -632,7 +632,8 @@ def test_shapes_that_could_overflow_are_refused():
 
 def small(tmp_path, *more):
     """Arguments of a run of about a second."""
-    args = ["--dim", "16", "--layers", "1", "--population", "64", "--tokens", "16", "--steps", "8", "--lr", "2"]
+    args = ["--dim", "16", "--layers", "1", "--population", "64", "--tokens", "16", "--steps", "8", "--lr", "2",
+            *(() if "--vocab" in more else ("--vocab", "bytes"))]
     return [*args, "--out", str(tmp_path / "run"), *more]
 
 
@@ -771,6 +772,9 @@ BAD = {
     "frozen nothing": (["--freeze", "nothing"], "nothing"),
     "frozen all": (["--freeze", "*"], "leaves nothing"),
     "no vocabulary": (["--vocab", "nowhere"], "nowhere"),
+    "small vocabulary": (["--vocab", "7"], "--vocab 7"),
+    "large vocabulary": (["--vocab", "4097"], "--vocab 4097"),
+    "vocabulary of no text": (["--task", "sums", "--vocab", "300"], "--vocab 300"),
     "no problems": (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
     "problems that are none": (["--task", "short.txt"], "xxx"),
     "problems without an answer": (["--task", "unanswered.jsonl"], "not a problem"),
@@ -1544,6 +1548,59 @@ def test_tokens_are_the_longest_that_fit_and_give_the_bytes_back(tmp_path_factor
     assert vocab.size > max(tokens)
 
 
+def merges_by_hand(text, known, size):
+    """Byte-pair encoding as one would write it down: the merges, and the text's tokens when all have been made."""
+    units, tokens, merges = [known.index(b) for b in text], [bytes([b]) for b in known], []
+    while len(merges) < size:
+        count = Counter((a, b) for a, b in itertools.pairwise(units)
+                        if re.fullmatch(rb" ?[A-Za-z\x80-\xff]*", tokens[a])
+                        and re.fullmatch(rb"[A-Za-z\x80-\xff]+", tokens[b]))
+        best = min(count, key=lambda pair: (-count[pair], pair), default=None)
+        if not best or count[best] < 2:
+            break
+        merges.append(list(best))
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        found = []
+        while units:
+            pair = tuple(units[:2]) == best
+            found.append(len(tokens) - 1 if pair else units[0])
+            units = units[1 + pair:]
+        units = found
+    return merges, units
+
+
+WORDS = st.sampled_from([b"the", b" the", b" then", b"oo", b"oooo", b"a", b" ", b"  ", b"\n", b"12", b".", "é".encode()])
+
+
+@given(st.one_of(st.lists(WORDS, max_size=60).map(b"".join), st.binary(max_size=60)), st.integers(0, 24),
+       st.one_of(st.lists(WORDS, max_size=9).map(b"".join), st.binary(max_size=20)))
+@example(b"the then the then", 9, b"x")
+@examples(200)
+def test_learned_tokens_are_those_of_byte_pair_encoding_and_give_the_bytes_back(text, size, other):
+    known = bytes(set(text + b"\n") | set(range(0, 256, 3)))
+    merges, tokens = merges_by_hand(text, known, size)
+    assert E.learn_merges(text, known, size) == merges
+    vocab = E.Vocab(known=known, merges=merges)
+    assert vocab.encode(text).tolist() == tokens
+    assert vocab.encode(text).dtype == np.uint16
+    if set(other) <= set(known):
+        assert vocab.decode(vocab.encode(other)) == other
+    else:
+        with pytest.raises(E.UserError, match="no token for the byte"):
+            vocab.encode(other)
+    assert vocab.size == len(known) + len(merges)
+    assert vocab.end == known.index(b"\n")
+    for token in list(vocab.bytes.values())[len(known):]:
+        assert re.fullmatch(rb" ?[A-Za-z\x80-\xff]{2,}| [A-Za-z\x80-\xff]", token)
+
+
+def test_fewer_merges_are_the_first_of_more():
+    text = E.read_text(E.DATA)[0][:50000]
+    many = E.learn_merges(text, E.BYTES, 100)
+    for size in -1, 0, 1, 37:
+        assert E.learn_merges(text, E.BYTES, size) == many[:max(0, size)]
+
+
 BYTES = {i + 1: bytes([i]) for i in range(256)}
 BAD_VOCAB = {
     "a byte is missing": {i: b for i, b in BYTES.items() if b != b"q"}, "a number too large": {**BYTES, 65536: b"ab"},
@@ -1687,6 +1744,42 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert E.main(["--resume", "--out", "parts"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == out[-1]
+
+
+@needs_c
+def test_a_model_keeps_the_tokens_that_it_learned(tmp_path, capsys):
+    """They are those of its first text: --resume, --load, --eval and --sample never learn others."""
+    book, other = tmp_path / "book", tmp_path / "other"
+    book.write_bytes(b"the cat sat on the mat and the rat sat on the cat. " * 50)
+    other.write_bytes(b"the hens met a man on the mat\n" * 100)
+    args = small(tmp_path, "--data", str(book), "--vocab", "30")
+    assert E.main(args) == 0
+    bits = capsys.readouterr().out.splitlines()[-2]
+    model = E.load_model(tmp_path / "run" / "model.npz")
+    known = bytes(sorted(set(book.read_bytes() + b"\n")))
+    assert model.extra["known"] == known.hex()
+    assert model.extra["merges"] == E.learn_merges(E.read_text(book)[0], known, 30 - len(known))
+    assert model.cfg.vocab == 30
+    load = ["--load", str(tmp_path / "run" / "model.npz")]
+    assert E.main([*load, "--data", str(book), "--eval"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == bits
+    assert E.main([*load, "--sample", "the cat", "--length", "3"]) == 0
+    assert "the cat" in capsys.readouterr().out
+    assert E.main([*load, "--data", str(other), "--steps", "2", "--population", "64", "--out", str(tmp_path / "on")]) == 0
+    assert E.load_model(tmp_path / "on" / "model.npz").extra["merges"] == model.extra["merges"]
+    capsys.readouterr()
+    for bad, what in ((["--sample", "42"], "no token for the byte b'4'"), (["--task", "sums"], "no token for the byte"),
+                      (["--data", str(book), "--vocab", "40", "--eval"], "--vocab 40 is not the 30 tokens"),
+                      (["--data", str(book), "--vocab", "bytes", "--eval"], "--vocab bytes is not the 30 tokens")):
+        assert E.main([*load, *bad]) == 2
+        assert what in capsys.readouterr().err
+    assert E.main(["--resume", "--out", str(tmp_path / "run"), "--vocab", "31"]) == 2
+    assert E.main(["--resume", "--out", str(tmp_path / "run"), "--vocab", "30"]) == 0
+    assert E.main(small(tmp_path, "--out", str(tmp_path / "few"), "--data", str(book), "--vocab", "999")) == 2
+    assert "--vocab 999 is not the" in capsys.readouterr().err
+    few = [a for a in small(tmp_path, "--out", str(tmp_path / "few"), "--data", str(book)) if a not in ("--vocab", "bytes")]
+    assert E.main(few) == 0  # as many as the text has
+    assert E.load_model(tmp_path / "few" / "model.npz").cfg.vocab < 100
 
 
 @needs_c
