@@ -2185,25 +2185,24 @@ TOKENS, MOST_TOKENS = 1024, 4096  # of a learned vocabulary, by default and at m
 
 
 def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
-    """The first `size` merges of a byte-pair encoding (arXiv 1508.07909) of this text's first 4 MB, or all there are.
+    """The first `size` merges of a byte-pair encoding (arXiv 1508.07909) of this text's first 16 MB, or all there are.
 
     The first tokens are the known bytes. Each merge is the pair of tokens that was the most frequent (of several, the
     lowest) when the merges before had been made, and is the next token. Only letters merge, with each other or with a
     space before them, so that digits, signs and newlines remain single bytes.
     """
-    units, V, merges = Vocab(None, known).units(text[:2**22]), len(known) + size, list[list[int]]()
-    letters = np.array([bytes([i]).isalpha() or i > 127 for i in known] + [True] * size)
-    starts = letters | np.array([i == ord(" ") for i in known] + [False] * size)  # what may be left of letters
+    words = Counter(m[0] for m in re.finditer(rb" ?[A-Za-z\x80-\xff]+", text[:2**24]))
+    often, V, merges = np.array([0, *words.values()]), len(known) + max(0, size), list[list[int]]()
+    units = "".join(chr(V) + Vocab(None, known).units(word) for word in words)  # a V starts each word
     while len(merges) < size:
         tokens = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
-        left, right = tokens[:-1], tokens[1:]
-        count = np.bincount((left * V + right)[starts[left] & letters[right]], minlength=1)
+        left, right, word = tokens[:-1], tokens[1:], np.cumsum(tokens == V)
+        within = (left < V) & (right < V)
+        count = np.bincount((left * V + right)[within], often[word[1:]][within], minlength=1)
         if count.max() < 2:
             break
         a, b = divmod(int(count.argmax()), V)
-        new = len(known) + len(merges)
-        letters[new] = letters[a]
-        units = units.replace(chr(a) + chr(b), chr(new))
+        units = units.replace(chr(a) + chr(b), chr(len(known) + len(merges)))
         merges.append([a, b])
     return merges
 

@@ -1,0 +1,186 @@
+"""What each part of the recipe is worth: trains the default model with one thing changed, for three seeds.
+
+    python data/ablate.py                      every change, about an hour on 2 cores
+    python data/ablate.py "sign of d" rank     those whose names contain one of these words
+    python data/ablate.py base -- --steps 8000 --data book.txt      with other settings
+
+Prints a row for each: bits/byte of the validation text (median, lowest and highest of the seeds). Each change is what it
+takes to make it, and so a way into the file, too.
+"""
+
+import contextlib
+import functools
+import io
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import nano_eggroll as E  # noqa: E402
+
+STEPS, SEEDS = 1000, range(3)
+rng = np.random.default_rng(0)
+initial, usual_rate = E.new_model, E.ES.rate
+
+
+def kernel(old: str, new: str) -> dict[str, Any]:
+    """Other text in the kernel."""
+    assert old in E.KERNEL
+    return {"KERNEL": E.KERNEL.replace(old, new)}
+
+
+def bits(levels: int) -> dict[str, Any]:
+    """Activations in +-levels instead of +-127."""
+    return {"KERNEL": kernel("inv = 127.0f / top", f"inv = {levels}.0f / top")["KERNEL"].replace(
+        "top * (1.0f / 127)", f"top * (1.0f / {levels})")}
+
+
+def weights(*parts: str) -> dict[str, Any]:
+    """Random initial weights also where they are zero, in parameters whose names have one of these endings."""
+    def new_model(cfg: E.Config, seed: int) -> E.Model:
+        model = initial(cfg, seed)
+        for name, p in cfg.params.items():
+            if p.cols and name.endswith(parts) and not model.weight(name).any():
+                model.weight(name)[:] = np.rint(rng.normal(0, 16, (p.out, p.cols))).clip(-127, 127)
+        return model
+    return {"new_model": new_model}
+
+
+def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any]:
+    """Another update: change(model, Z of unit variance, learning rate)."""
+    def move(model: E.Model, backend: E.Backend, es: E.ES, f: np.ndarray, team: E.Team = E.ALONE) -> None:
+        zero = replace(model, q=np.zeros_like(model.q), residual=np.zeros_like(model.residual))
+        backend.update(zero, f, es.seed, model.step, 2**15 / math.sqrt(es.rank * (f.astype(float) ** 2).sum()))
+        change(model, zero.q + zero.residual / 2**15, es.rate(model.step))
+        model.step += 1
+    return {"move": move}
+
+
+def add(model: E.Model, move: np.ndarray) -> None:
+    """Error feedback, as the file does it."""
+    total = model.residual + np.rint(move * 2**15)
+    whole = np.floor(total / 2**15 + 0.5)
+    model.residual[:] = total - whole * 2**15
+    model.q[:] = (model.q + whole).clip(-127, 127)
+
+
+def threshold(model: E.Model, Z: np.ndarray, lr: float) -> None:
+    """+-1 where |Z| is large: as many weights as give the moves the same RMS."""
+    large = statistics.NormalDist().inv_cdf(1 - min(1, lr**2) / 2)
+    model.q[:] = (model.q + np.sign(Z) * (np.abs(Z) >= large)).clip(-127, 127)
+
+
+def stochastic(model: E.Model, Z: np.ndarray, lr: float) -> None:
+    """Rounds at random, and forgets the rest."""
+    model.q[:] = (model.q + np.floor(lr * Z + rng.random(len(Z)))).clip(-127, 127)
+
+
+def momentum(model: E.Model, Z: np.ndarray, lr: float) -> None:
+    """Of 0.9, and of unit variance again."""
+    v = model.__dict__.setdefault("v", np.zeros(len(Z)))
+    v[:] = 0.9 * v + Z
+    add(model, lr * math.sqrt(1 - 0.9**2) * v)
+
+
+def adam(model: E.Model, Z: np.ndarray, lr: float) -> None:
+    """Z over the root of its mean square so far."""
+    v = model.__dict__.setdefault("v", np.zeros(len(Z)))
+    v[:] = 0.99 * v + 0.01 * Z**2
+    add(model, lr * Z / np.sqrt(v / (1 - 0.99 ** (model.step + 1)) + 1e-8))
+
+
+def rate(schedule: Callable[[float], float]) -> dict[str, Any]:
+    """Another learning rate, as a factor of where in the run a step is (0 to 1); the same RMS over the whole run."""
+    same = math.sqrt(statistics.fmean(schedule(i / 1000) ** 2 for i in range(1000)) * 3)
+
+    def of(es: E.ES, step: int) -> float:
+        return (es.lr or min(1.5, 16 * math.sqrt(3 / es.steps))) * schedule(step / es.steps) / same
+    return {"ES.rate": of}
+
+
+def gauss(cfg: E.Config, p: E.Param, keys: tuple, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal factors, in steps of 1/8: sums of the signs of 64 entries, see `signs`."""
+    def normal(word: int, n: int) -> np.ndarray:
+        return E.signs(keys, word * 64, 64 * n).reshape(len(keys[0]), n, 64).sum(2, dtype=np.int8)
+    A = np.stack([normal(p.word + k * cfg.sizes[2], p.out) for k in range(rank)], 1)
+    if not p.cols:
+        return A, np.full((len(A), rank, 1), 8, np.int8)
+    return A, np.stack([normal(p.word + k * cfg.sizes[2] + E.words(p.out), p.cols) for k in range(rank)], 1)
+
+
+def times(steps: float) -> list[str]:
+    """The same tokens in other steps."""
+    return ["--steps", str(round(STEPS * steps))]
+
+
+# name: arguments of the command line, and names of the file with what they become
+CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "base": ([], {}),
+    "fitness: sign of d": ([], {"shape_fitness": lambda d: (42 * np.sign(d)).astype(np.int8)}),
+    "fitness: not clipped": ([], {"shape_fitness": lambda d: np.rint(d * (127 / max(abs(d).max(), 1))).astype(np.int8)}),
+    "update: +-1 where |Z| passes a threshold": ([], moved(threshold)),
+    "update: stochastic rounding, no residual": ([], moved(stochastic)),
+    "update: momentum 0.9": ([], moved(momentum)),
+    "update: Adam-like scaling of Z": ([], moved(adam)),
+    "initial weights: head not zero": ([], weights("head.weight")),
+    "initial weights: nothing zero": ([], weights("")),
+    "sigma 0.5": (["--sigma", "0.5"], {}),
+    "sigma 2": (["--sigma", "2"], {}),
+    "sigma 4": (["--sigma", "4"], {}),
+    "rank 2": (["--rank", "2"], {}),
+    "rank 4": (["--rank", "4"], {}),
+    "schedule: constant": ([], rate(lambda u: 1)),
+    "schedule: cosine": ([], rate(lambda u: 1 + math.cos(math.pi * u))),
+    "schedule: constant, from the middle on linear": ([], rate(lambda u: min(1, 2 - 2 * u))),
+    "schedule: half the learning rate": ([], {"ES.rate": lambda es, step: usual_rate(es, step) / 2}),
+    "schedule: twice the learning rate": ([], {"ES.rate": lambda es, step: usual_rate(es, step) * 2}),
+    "activations of 6 bits": ([], bits(31)),
+    "activations of 4 bits": ([], bits(7)),
+    "tokens: bytes": (["--vocab", "bytes"], {}),
+    "tokens: 128": (["--vocab", "128"], {}),
+    "tokens: 512": (["--vocab", "512"], {}),
+    "segments of 32 tokens, population 4096": (["--tokens", "32", "--population", "4096"], {}),
+    "segments of 512 tokens, population 256": (["--tokens", "512", "--population", "256"], {}),
+    "population 256, four times the steps": (["--population", "256", *times(4)], {}),
+    "population 4096, a quarter of the steps": (["--population", "4096", *times(1 / 4)], {}),
+    "time mix frozen": (["--freeze", "att"], {}),
+    "LoRAs frozen": (["--freeze", "att.w?,att.a?,att.g?"], {}),
+    "vectors frozen": (["--freeze", "ln,att.x_*,ffn.x_*,att.k_*,att.r_k,att.w0,att.a0"], {}),
+    "two layers": (["--layers", "2"], {}),
+    "numpy, 200 steps": (["--backend", "numpy", *times(1 / 5)], {}),
+    "numpy, 200 steps, normal noise": (["--backend", "numpy", *times(1 / 5), "--sigma", str(1 / 64)], {"factors": gauss}),
+}
+
+
+def run(args: list[str], parts: dict[str, Any], seed: int) -> float:
+    """Bits/byte of a run."""
+    shown = io.StringIO()
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as out:
+        for name, part in parts.items():
+            owner, _, name = f"E.{name}".rpartition(".")
+            stack.enter_context(mock.patch.object(functools.reduce(getattr, owner.split(".")[1:], E), name, part))
+        stack.enter_context(contextlib.redirect_stdout(shown))
+        if E.main(["--seed", str(seed), "--steps", str(STEPS), *args, "--out", out]):
+            raise SystemExit(2)
+    return float(shown.getvalue().split("\nbits/byte ")[1].split()[0])
+
+
+def main(argv: list[str]) -> None:
+    """Run the changes that are asked for."""
+    words, more = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    for name, (args, parts) in CHANGES.items():
+        if not words or any(word in name for word in words):
+            found = [run(args + more, parts, seed) for seed in SEEDS]
+            print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} to {max(found):.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
