@@ -2181,7 +2181,7 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
 
 
 BYTES = bytes(range(256))
-TOKENS, MOST_TOKENS = 1024, 4096  # of a learned vocabulary, by default and at most: time and memory grow with V^2
+TOKENS, MOST_TOKENS = 256, 4096  # of a learned vocabulary, by default and at most: time and memory grow with V^2
 
 
 def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
@@ -2246,8 +2246,8 @@ class Vocab:
         self.end = 0 if path else self.id.get(b"\n", 0)  # ends an answer; the World models' end of text
         self.lengths: dict[bytes, list[int]] = {}  # of the tokens that start with these two bytes, longest first
         for token in sorted(self.id, key=len, reverse=True) if path else ():
-            if len(token) not in (known := self.lengths.setdefault(token[:2], [])):
-                known.append(len(token))
+            if len(token) not in (lengths := self.lengths.setdefault(token[:2], [])):
+                lengths.append(len(token))
 
     def units(self, text: bytes) -> str:
         """A text before any merge, as one character for each token; raises UserError."""
@@ -2260,8 +2260,8 @@ class Vocab:
         """Tokens of a text, uint16: all merges in their order; with a file always the longest that fits."""
         if not self.lengths:
             units = self.units(text)
-            for token, (a, b) in enumerate(self.merges, len(self.known)):
-                units = units.replace(chr(a) + chr(b), chr(token))
+            for new, (a, b) in enumerate(self.merges, len(self.known)):
+                units = units.replace(chr(a) + chr(b), chr(new))
             return np.frombuffer(units.encode("utf-16-le"), np.uint16)
         found, at = [], 0
         while at < len(text):

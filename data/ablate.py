@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import nano_eggroll as E  # noqa: E402
+import nano_eggroll as E
 
 STEPS, SEEDS = 1000, range(3)
 rng = np.random.default_rng(0)
