@@ -2278,6 +2278,11 @@ class Vocab:
         return b"".join(self.bytes.get(i, b"") for i in tokens.tolist())
 
 
+def vocab_of(model: Model, path: Path | None = None) -> Vocab:
+    """The tokens that a model learned, all bytes for one that learned none, or those of a file; raises UserError."""
+    return Vocab(path, bytes.fromhex(model.extra.get("known", BYTES.hex())), model.extra.get("merges", ()))
+
+
 def read_text(path: Path) -> tuple[bytes, bytes]:
     """Training text and validation text (the last 10%) of a file; raises UserError."""
     if path.is_dir():
@@ -3401,8 +3406,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
         if a.tokens is None and "es" in model.extra:
             es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
     if a.load or a.resume:
-        known = bytes.fromhex(model.extra.get("known", BYTES.hex()))
-        vocab = Vocab(vocab_file, known, model.extra.get("merges", ()))
+        vocab = vocab_of(model, vocab_file)
     else:
         if a.eval or sampling:
             raise UserError("--eval and --sample need a model: add --load model.npz")

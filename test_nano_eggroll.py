@@ -1723,7 +1723,8 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
     out = capsys.readouterr().out.splitlines()
     log = Path("whole/log.csv").read_text().splitlines()
     assert log[0].startswith("step,seconds,tokens,train_reward,val_accuracy,tokens_per_s,")
-    assert float(log[-1].split(",")[3]) > 0.4 > 0.1 > float(log[1].split(",")[3])
+    assert float(log[1].split(",")[3]) < 0.1
+    assert float(log[-1].split(",")[3]) > 0.4
     assert re.fullmatch(r"accuracy [01]\.\d{4}", out[-2])
     assert E.main(["--load", "whole/model.npz", "--task", "p.jsonl", "--reward", "mine_for_test:letter",
                    "--length", "16", "--eval"]) == 0
@@ -1816,7 +1817,7 @@ def test_the_example_of_the_readme_learns(capsys):
     code = re.search(r"\n\n((?:    .*\n|\n)*?    E\.evolve\(.*\n)", (HERE / "README.md").read_text())[1]
     assert "steps=300" in code
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    exec("\n".join(line[4:] for line in code.replace("steps=300", "steps=150").splitlines()), {})
+    exec("\n".join(line[4:] for line in code.replace("steps=300", "steps=150").splitlines()), {})  # noqa: S102
     means = [float(line) for line in capsys.readouterr().out.split()]
     assert len(means) == 150
     assert means[-1] > 2 * means[0] > 2
@@ -2847,8 +2848,8 @@ def test_hostile_files_are_refused_quickly_in_little_memory_and_run_nothing(tmp_
     zipped(tmp_path / "bomb.pth", pickled({"emb.weight": tensor(length=10**7)}), {"0": bytes(4 * 10**7)},
            compress_type=8)
     zipped(tmp_path / "pickle bomb.pth", b"\x80\x02" + b"N0" * 10**7, {}, compress_type=8)
-    done = subprocess.run([sys.executable, "-c", JUDGE], cwd=tmp_path, capture_output=True, text=True, timeout=40,
-                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    done = subprocess.run([sys.executable, "-c", JUDGE], check=False, cwd=tmp_path, capture_output=True, text=True,
+                          timeout=40, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr
     judged = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(judged) == len(list(tmp_path.iterdir())) > 120
