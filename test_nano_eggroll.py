@@ -1812,6 +1812,23 @@ def test_main_trains_on_tokens_of_a_vocabulary_and_goes_on_with_embedding_and_he
 
 
 @needs_c
+def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
+    """Those that need no other kernel; the update that is written anew there, for momentum, is the file's own."""
+    spec = importlib.util.spec_from_file_location("ablate", HERE / "data" / "ablate.py")
+    ablate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablate)
+    (tmp_path / "text").write_bytes(E.read_text(E.DATA)[0][:30000])
+    usual, found = vars(E).copy(), {}
+    plain = "update: as it is", ([], ablate.moved(lambda model, Z, lr: ablate.add(model, lr * Z)))
+    for name, (args, parts) in [*ablate.CHANGES.items(), plain]:
+        if name.startswith(("base", "fitness", "update", "initial", "schedule")):
+            found[name] = ablate.run([*args, *small(tmp_path, "--data", str(tmp_path / "text"))], parts, 0)
+            assert vars(E) == usual
+    assert len(set(found.values())) > 14
+    assert abs(found.pop(plain[0]) - found["base"]) < 0.002 < max(abs(v - found["base"]) for v in found.values())
+
+
+@needs_c
 def test_the_example_of_the_readme_learns(capsys):
     """As it stands there, but for fewer steps."""
     code = re.search(r"\n\n((?:    .*\n|\n)*?    E\.evolve\(.*\n)", (HERE / "README.md").read_text())[1]
