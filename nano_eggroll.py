@@ -991,41 +991,37 @@ PART void recurrence(Model *m, int l, int c, int width) {
   }
 }
 #else
-// acc[j] += the products of `words` words of codes with row j of w, j < n
-INLINE void dot_rows(vi *acc, int n, const int *codes, int words, const i8 *w, int cols) {
-  for (int k = 0; k < words; k++) {
-    vi x = CODE(codes, cols, k);
-    UNROLL for (int j = 0; j < n; j++) acc[j] = dot4(acc[j], x, isplat(load4(w + j * cols + 4 * k)));
+// acc[j] += row j of ROWS packed rows, n long, times the codes of all lanes
+INLINE void multiply(vi *acc, const i8 *rows, const int *codes, int n, int cols) {
+  for (int k = 0; k < n; k += 4) {
+    const vi x = CODE(codes, cols, k / 4);
+    UNROLL for (int j = 0; j < ROWS; j++) acc[j] = dot4(acc[j], x, isplat(load4(rows + PACKED_AT(j, k, cols))));
   }
 }
 
-INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Tensor t, int o, int n, int cols) {
-  vi acc[ROWS];
-  UNROLL for (int j = 0; j < n; j++) acc[j] = Q(in->start, 0);
-  dot_rows(acc, n, in->q, (cols + 3) / 4, m->packed + t.pack + o * cols, cols);
-  vf z[ROWS];
-  UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
-  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
-  #if STORED
-    const int *sign = m->s->minus + COLUMN(k, t.word) + o;
-    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ sign[j]);
-  #else
-    const vu h = noise(m, k, t.word + o / 32);
-    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus(h, o % 32 + j));
-  #endif
-  }
-  const float *scale = m->scale + t.row + o;
-  UNROLL for (int j = 0; j < n; j++) V(y, j) = z[j] * scale[j] * V(in->sx, 0);
-}
-
-// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x
+// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x. The last tile may have rows that are not stored.
 INLINE void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
   const Input *in = (const Input *)input;
-  vf xb[R];
-  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) xb[k] = m->c * I2F(Q(in->p, k));
-  int o = 0;
-  for (; o + ROWS <= rows; o += ROWS) matmul_rows(y + o, m, in, xb, t, first + o, ROWS, cols);
-  for (; o < rows; o++) matmul_rows(y + o, m, in, xb, t, first + o, 1, cols);
+  for (int i = 0; i < rows; i += ROWS) {
+    const int o = first + i;
+    vi acc[ROWS];
+    vf z[ROWS];
+    UNROLL for (int j = 0; j < ROWS; j++) acc[j] = Q(in->start, 0);
+    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, cols);
+    UNROLL for (int j = 0; j < ROWS; j++) z[j] = I2F(acc[j]);
+    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
+      const vf xb = m->c * I2F(Q(in->p, k));
+  #if STORED
+      const int *sign = m->s->minus + COLUMN(k, t.word) + o;
+      UNROLL for (int j = 0; j < ROWS; j++) z[j] = z[j] + AS_F(AS_I(xb) ^ sign[j]);
+  #else
+      const vu h = noise(m, k, t.word + o / 32);
+      UNROLL for (int j = 0; j < ROWS; j++) z[j] = z[j] + AS_F(AS_I(xb) ^ minus(h, o % 32 + j));
+  #endif
+    }
+    const float *scale = m->scale + t.row + o;
+    UNROLL for (int j = 0; j < ROWS; j++) if (i + j < rows) V(y, i + j) = z[j] * scale[j] * V(in->sx, 0);
+  }
 }
 
 // S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width; a lane is a value channel.
@@ -1390,20 +1386,15 @@ PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, i
   }
 }
 #else
-INLINE void accumulate_rows(Update *s, const int *b, vi start, int column, int j, int n, int pairs) {
-  vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = *(vi *)&s->z[j + i][column] + start;
-  dot_rows(acc, n, b, pairs / 4, s->fa + PACKED_AT(j, 0, PAIRS), PAIRS);
-  UNROLL for (int i = 0; i < n; i++) *(vi *)&s->z[j + i][column] = acc[i];
-}
-
 INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
   vi start = isplat(0);
   if (BIAS) for (int q = 0; q < pairs / 4; q++) start = dot4(start, CODE(b, PAIRS, q), isplat(0x01010101));
-  start *= -BIAS;
-  int j = 0;
-  for (; j + ROWS <= rows; j += ROWS) accumulate_rows(s, b, start, column, j, ROWS, pairs);
-  for (; j < rows; j++) accumulate_rows(s, b, start, column, j, 1, pairs);
+  for (int j = 0; j < rows; j += ROWS) {
+    vi acc[ROWS];
+    UNROLL for (int i = 0; i < ROWS; i++) acc[i] = start * -BIAS;
+    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, PAIRS);
+    UNROLL for (int i = 0; i < ROWS; i++) *(vi *)&s->z[j + i][column] += acc[i];
+  }
 }
 #endif
 
