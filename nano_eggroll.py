@@ -531,7 +531,6 @@ typedef long long i64;
   typedef float vf;
   typedef int vi;
   typedef unsigned vu;
-  #define restrict __restrict__
   #ifndef SHARED
     #define SHARED 49152                          // bytes of shared memory that a block may have
   #endif
@@ -575,13 +574,12 @@ typedef long long i64;
   #define splat(x) (x)
   #define isplat(x) (x)
   #define LANE_OF(v, l) __shfl_sync(~0u, v, l)    // of a register, asked for by all lanes
-  #define MORE(a, b) (-((a) > (b)))               // lane by lane, all bits or none
+  #define PICK(test, a, b) ((test) ? (a) : (b))   // lane by lane, of integers
   #define ALL(x) __all_sync(~0u, x)
   #define AT(v, l) (v)                            // lane l of a register, in FOR_LANE(l)
   #define AS_I(x) __float_as_int(x)
   #define AS_F(x) __int_as_float(x)
   #define ADD(p, x) atomicAdd(p, x)               // of integers, so the order does not matter
-  #define RINT(x) rintf(x)
   #define VECTOR(op) f##op##f                     // fmaxf, fminf
   #define fsqrtf sqrtf
   #define STORED 0                                // is a member's noise kept? Here it is rebuilt whenever it is needed
@@ -601,6 +599,7 @@ typedef long long i64;
           : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
   #endif
 #else
+  #include <math.h>
   #include <string.h>
   #ifdef __SSE2__
     #include <immintrin.h>
@@ -674,7 +673,7 @@ typedef long long i64;
   #define UNROLL _Pragma("GCC unroll 16")
   #define UNROLL_2 UNROLL
   #define I2F(x) __builtin_convertvector(x, vf)
-  #define MORE(a, b) ((vi)((a) > (b)))
+  #define PICK(test, a, b) (((a) & (vi)(test)) | ((b) & ~(vi)(test)))
   #define ALL(x) all(&(x))
   #define splat(x) ((x) - (vf){0})
   #define isplat(x) ((x) + (vi){0})
@@ -682,7 +681,6 @@ typedef long long i64;
   #define AS_I(x) ((vi)(x))
   #define AS_F(x) ((vf)(x))
   #define ADD(p, x) (*(p) += (x))
-  #define RINT(x) __builtin_rintf(x)
   INLINE int all(const vi *x) {
     int y = -1;
     for (int l = 0; l < LANES; l++) y &= (*x)[l];
@@ -1244,16 +1242,14 @@ INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
 // `choose` in Python: the token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
 // SYNC comes after it.
 FUNCTION vi choose(Model *m, float heat, int at) {
-  #define PICK(mask, a, b) (((a) & (mask)) | ((b) & ~(mask)))
   vf best = splat(-3e38f);
   vi found = isplat(0);
   EACH(v, VOCAB) {
     vf z = V(m->g->logits, v);
     if (heat != 0)
       z = z * heat - log2_(-log2_((I2F((vi)(noise(m, R, at * VOCAB + v) >> 9)) + 0.5f) * (1.0f / 8388608)));
-    const vi more = MORE(z, best);
-    best = AS_F(PICK(more, AS_I(z), AS_I(best)));
-    found = PICK(more, isplat(v), found);
+    found = PICK(z > best, isplat(v), found);
+    best = vmax(z, best);
   }
 #ifdef __CUDACC__  // of what the warps have found, the best and, of equals, the first
   FAST(Fast, s, m->s);
@@ -1399,11 +1395,11 @@ INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs,
 #endif
 
 // Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
-INLINE void move(i8 *restrict weights, short *restrict residuals, const int *restrict z, float gain, int n) {
+INLINE void move(i8 *weights, short *residuals, const int *z, float gain, int n) {
   FLAT(i, n) {
     float x = z[i] * gain;
     x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // at most 64 steps
-    int total = residuals[i] + (int)RINT(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
+    int total = residuals[i] + (int)rintf(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
     residuals[i] = total - whole * 32768;
     weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
   }
