@@ -50,7 +50,6 @@ import operator
 import os
 import pickletools
 import platform
-import queue
 import re
 import shutil
 import signal
@@ -82,6 +81,32 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's shape, and the table of its parameters
+
+
+class Param(NamedTuple):
+    """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
+
+    name: str
+    out: int
+    cols: int
+    at: int  # offset in the flat int8 buffer
+    row: int  # offset in the per-row scales
+    word: int  # offset in a pair's stream of noise words, -1 if frozen
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.out * max(self.cols, 1)
+
+
+def words(entries: int) -> int:
+    """How many 32-bit words hold this many +-1 entries."""
+    return -(-entries // 32)
+
+
+def frozen(name: str, part: str) -> bool:
+    """Whether a part, like emb, att or att.w*, names this parameter."""
+    return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
 
 
 @dataclass(frozen=True)
@@ -154,32 +179,6 @@ class Config:
                 max(p.word + words(p.out) + words(p.cols) for p in self.params.values() if p.word >= 0))
 
 
-class Param(NamedTuple):
-    """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
-
-    name: str
-    out: int
-    cols: int
-    at: int  # offset in the flat int8 buffer
-    row: int  # offset in the per-row scales
-    word: int  # offset in a pair's stream of noise words, -1 if frozen
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return self.out * max(self.cols, 1)
-
-
-def words(entries: int) -> int:
-    """How many 32-bit words hold this many +-1 entries."""
-    return -(-entries // 32)
-
-
-def frozen(name: str, part: str) -> bool:
-    """Whether a part, like emb, att or att.w*, names this parameter."""
-    return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise: a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
 
@@ -224,6 +223,19 @@ def factors(cfg: Config, p: Param, keys: tuple[np.ndarray, np.ndarray], rank: in
 # Weights: int8 with a fixed scale per row
 
 
+ARRAYS = ("q", "scale", "residual")  # a model's arrays
+
+
+def digest(arrays: Iterable[np.ndarray]) -> bytes:
+    """SHA-256 of arrays, one after the other."""
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()
+
+
+def host(a: Any) -> np.ndarray:
+    """An array in this computer's memory, wherever it is."""
+    return a if isinstance(a, np.ndarray) else a.get()
+
+
 @dataclass
 class Model:
     """The state of a run: int8 weights, their fixed scales, and the int16 remainders of the updates."""
@@ -254,19 +266,6 @@ class Model:
         self.q, self.residual = (host(a) if xp is np else xp.asarray(a) for a in (self.q, self.residual))
 
 
-ARRAYS = ("q", "scale", "residual")  # a model's arrays
-
-
-def digest(arrays: Iterable[np.ndarray]) -> bytes:
-    """SHA-256 of arrays, one after the other."""
-    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()
-
-
-def host(a: Any) -> np.ndarray:
-    """An array in this computer's memory, wherever it is."""
-    return a if isinstance(a, np.ndarray) else a.get()
-
-
 def empty_model(cfg: Config) -> Model:
     """A model of zeros."""
     size, rows, _ = cfg.sizes
@@ -289,7 +288,7 @@ def new_model(cfg: Config, seed: int) -> Model:
             if part in ("head.weight", "att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1"):
                 continue
             h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))
-            total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510
+            total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510  # of mean 0, variance (256^2 - 1)/3
             m.weight(name)[:] = np.rint(total * (16 / math.sqrt((256**2 - 1) / 3))).reshape(p.out, p.cols)
             continue
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
@@ -315,10 +314,8 @@ LOG2E = F32(1.4426950408889634)
 EXP2 = [F32(math.log(2) ** n / math.factorial(n)) for n in range(7)]  # Taylor: 2^f, |f| <= 1/2, relative error 2e-7
 LOG2 = [F32(2 / math.log(2) / n) for n in (1, 3, 5, 7)]  # log2 m = 2/ln 2 (s + s^3/3 + s^5/5 + ...), s = (m-1)/(m+1)
 MAGIC = F32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer, ties to even
-UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
 BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
 MAX_BITS = F32(63)  # a token costs at most this much, so int32 holds the loss of 8,191 tokens
-LONGEST = 8192  # tokens of a prompt and its answer
 
 
 def ordered_sum(x: np.ndarray) -> np.ndarray:
@@ -344,7 +341,7 @@ def exp2(y: np.ndarray) -> np.ndarray:
 
 def log2(x: np.ndarray) -> np.ndarray:
     """log2 x for normal x > 0."""
-    e = (x.view(np.int32) - 0x3F3504F3) >> 23  # 0x3F3504F3 is sqrt(1/2): m falls in [0.707, 1.414)
+    e = (x.view(np.int32) - 0x3F3504F3) >> 23  # 0x3F3504F3 is sqrt(1/2), as bits: m falls in [0.707, 1.414)
     m = (x.view(np.int32) - (e << 23)).view(F32)
     s = (m - F32(1)) / (m + F32(1))
     z = s * s
@@ -371,7 +368,7 @@ def normalise(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.nda
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127 as float32 [..., n], scale [...]."""
-    top = np.maximum(np.abs(x).max(-1), F32(1e-30))
+    top = np.maximum(np.abs(x).max(-1), F32(1e-30))  # of nothing but zeros the scale may be anything but zero
     return np.rint(x * (F32(127) / top)[..., None]), top * F32(1 / 127)
 
 
@@ -681,6 +678,11 @@ typedef long long i64;
   #define AS_I(x) ((vi)(x))
   #define AS_F(x) ((vf)(x))
   #define ADD(p, x) (*(p) += (x))
+  INLINE int load4(const i8 *w) {                 // four bytes that may start anywhere
+    int x;
+    memcpy(&x, w, 4);
+    return x;
+  }
   INLINE int all(const vi *x) {
     int y = -1;
     for (int l = 0; l < LANES; l++) y &= (*x)[l];
@@ -754,7 +756,7 @@ INLINE vf exp2_(vf y) {
 }
 
 INLINE vf log2_(vf x) {
-  vi e = (AS_I(x) - 0x3F3504F3) >> 23;
+  vi e = (AS_I(x) - 0x3F3504F3) >> 23;            // the bits of sqrt(1/2)
   vf m = AS_F(AS_I(x) - (e << 23)), s = (m - 1.0f) / (m + 1.0f), z = s * s;
   return I2F(e) + s * (((LOG2_3 * z + LOG2_2) * z + LOG2_1) * z + LOG2_0);
 }
@@ -847,14 +849,6 @@ typedef struct {
 #define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
 #define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
 #define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a stored factor starts, given its first word
-
-#ifndef __CUDACC__
-INLINE int load4(const i8 *w) {                   // four bytes that may start anywhere
-  int x;
-  memcpy(&x, w, 4);
-  return x;
-}
-#endif
 
 INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
   return mix_lanes(mix_lanes((u32)(k * WORDS + word) + m->k0) ^ m->k1);
@@ -1340,7 +1334,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *
       vf target;
       FOR_LANE(t) AT(target, t) = g->logits[t < m->lanes ? READ(t, 1) : 0][t];
       vf bits = log2_(total) - (target - top) * LOG2E;
-      vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;
+      vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;  // the bits of MAGIC itself
       EACH(i, 1) FOR_LANE(t) if (t < m->lanes && !AT(done, t)) ADD(&score[BATCH ? member + t : member], AT(cost, t));
 #if BATCH
       FOR_LANE(t) if (AT(own, t) && (AT(next, t) == stop || t0 + 2 >= given[member + t] + length)) AT(done, t) = -1;
@@ -1398,7 +1392,7 @@ INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs,
 INLINE void move(i8 *weights, short *residuals, const int *z, float gain, int n) {
   FLAT(i, n) {
     float x = z[i] * gain;
-    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // at most 64 steps
+    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // 2^21: at most 64 steps
     int total = residuals[i] + (int)rintf(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
     residuals[i] = total - whole * 32768;
     weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
@@ -1475,6 +1469,9 @@ class Sizes(NamedTuple):
     members: int  # of a task of `score`
     packed: int  # bytes of packed weights
     threads: int  # of a block, on a GPU
+
+
+UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
 
 
 def update_units(cfg: Config) -> tuple[list[tuple[Param, int]], np.ndarray]:
@@ -1617,7 +1614,7 @@ class NumpyBackend:
                 fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
                 Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
             at = slice(p.at + own.start * cols, p.at + own.stop * cols)
-            move = np.clip(Z.astype(F32) * F32(gain), F32(-(2**21)), F32(2**21))
+            move = np.clip(Z.astype(F32) * F32(gain), F32(-(2**21)), F32(2**21))  # at most 64 steps of 2^15
             total = model.residual[at] + np.rint(move).astype(np.int32).ravel()
             whole = (total + 2**14) >> 15
             model.residual[at] = total - (whole << 15)
@@ -1647,22 +1644,9 @@ class KernelBackend:
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
               state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
-              first: int = 0, mode: str = "score") -> np.ndarray:
-        """See NumpyBackend; mode: see `kernel_source`."""
-        return self.run(mode, same, model, text, start, tokens, noise, first, state, logits, None, np.int32(0), F32(0),
-                        np.int32(-1))
-
-    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
-                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
-        """See NumpyBackend."""
-        heat = LOG2E / F32(temperature) if temperature else F32(0)
-        start = np.arange(len(text)) * text.shape[1]
-        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, first, None, None,
-                        given, np.int32(length), heat, np.int32(stop))
-
-    def run(self, mode: str, same: bool, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
-            noise: tuple[int, int, float], first: int, *rest: Any) -> np.ndarray:
-        """Launch `score` in a mode; rest: its arguments from `state` on."""
+              first: int = 0, mode: str = "score",
+              asked: tuple = (None, np.int32(0), F32(0), np.int32(-1))) -> np.ndarray:
+        """See NumpyBackend; mode: see `kernel_source`; asked: the arguments of `score` in the kernel from `given` on."""
         seed, step, sigma = noise
         launch, packed = self.launcher(mode)
         cost, start = np.zeros(len(start), np.int32), np.ascontiguousarray(start, np.int64)
@@ -1670,9 +1654,16 @@ class KernelBackend:
             launch("pack", range(len(self.units)), (model.q, packed), [packed])
         launch("score", range(-(-len(start) // launch.sizes.members)), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.int32(first),
-            np.uint32(seed), np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
-            [cost, *rest[:2], *([text] if mode == "generate" else [])])
+            np.uint32(seed), np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, *asked),
+            [cost, state, logits, *([text] if mode == "generate" else [])])
         return cost
+
+    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
+                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
+        """See NumpyBackend."""
+        heat = LOG2E / F32(temperature) if temperature else F32(0)
+        return self.score(model, text, np.arange(len(text)) * text.shape[1], text.shape[1] - 1, noise, first=first,
+                          mode="generate", asked=(given, np.int32(length), heat, np.int32(stop)))
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: range | None = None) -> None:
@@ -1747,9 +1738,6 @@ class CLauncher:
         sizes = np.zeros(len(Sizes._fields), np.int32)
         self.lib.sizes(*c_arguments((sizes,)))
         self.sizes = Sizes(*sizes.tolist())
-        self.free: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(threads):
-            self.free.put(np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8))
         self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
@@ -1758,12 +1746,24 @@ class CLauncher:
         pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
 
         def run(i: int) -> None:
-            scratch = self.free.get()
+            scratch = np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8)
             kernel(*argv, tasks.start + i * count // pieces, tasks.start + (i + 1) * count // pieces,
-                   ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
-            self.free.put(scratch)
+                   ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
 
         list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
+
+
+def cuda_trouble(e: Exception) -> UserError:
+    """What to do about an error of CuPy's."""
+    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
+    for sign, remedy in {
+        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
+        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
+        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
+    }.items():
+        if sign in text:
+            return UserError(f"the GPU {remedy}; or use --backend c")
+    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
 
 
 # Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
@@ -1826,19 +1826,6 @@ class CudaLauncher:
             raise cuda_trouble(e) from None
 
 
-def cuda_trouble(e: Exception) -> UserError:
-    """What to do about an error of CuPy's."""
-    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
-    for sign, remedy in {
-        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
-        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
-        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
-    }.items():
-        if sign in text:
-            return UserError(f"the GPU {remedy}; or use --backend c")
-    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The evolution strategy
 
@@ -1880,7 +1867,7 @@ class ES:
 
 def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
     """What chooses the data of pairs (or groups) in a step, uint32 [n]: from the hash, like the noise."""
-    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))
+    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))  # any number that makes it another stream
 
 
 def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
@@ -1896,6 +1883,9 @@ def shape_fitness(d: np.ndarray) -> np.ndarray:
         total = np.append(total[:half] + total[half:2 * half], total[2 * half:])
     rms = math.sqrt(total[0] / len(d))
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
+
+
+LONGEST = 8192  # tokens of a prompt and its answer
 
 
 class Members(NamedTuple):
