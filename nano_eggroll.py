@@ -1646,7 +1646,7 @@ class KernelBackend:
               state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
               first: int = 0, mode: str = "score",
               asked: tuple = (None, np.int32(0), F32(0), np.int32(-1))) -> np.ndarray:
-        """See NumpyBackend; mode: see `kernel_source`; asked: the arguments of `score` in the kernel from `given` on."""
+        """See NumpyBackend; mode: see `kernel_source`; asked: the kernel's arguments `given` to `stop`."""
         seed, step, sigma = noise
         launch, packed = self.launcher(mode)
         cost, start = np.zeros(len(start), np.int32), np.ascontiguousarray(start, np.int64)
@@ -1683,8 +1683,7 @@ def cores() -> int:
 
 def cache_dir() -> Path:
     """A directory for compiled code that nobody but its owner can write; a fresh one where that cannot be had."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = base / "nano_eggroll"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_eggroll"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = path.lstat()
