@@ -50,7 +50,6 @@ import operator
 import os
 import pickletools
 import platform
-import queue
 import re
 import shutil
 import signal
@@ -82,6 +81,32 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's shape, and the table of its parameters
+
+
+class Param(NamedTuple):
+    """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
+
+    name: str
+    out: int
+    cols: int
+    at: int  # offset in the flat int8 buffer
+    row: int  # offset in the per-row scales
+    word: int  # offset in a pair's stream of noise words, -1 if frozen
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.out * max(self.cols, 1)
+
+
+def words(entries: int) -> int:
+    """How many 32-bit words hold this many +-1 entries."""
+    return -(-entries // 32)
+
+
+def frozen(name: str, part: str) -> bool:
+    """Whether a part, like emb, att or att.w*, names this parameter."""
+    return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
 
 
 @dataclass(frozen=True)
@@ -154,32 +179,6 @@ class Config:
                 max(p.word + words(p.out) + words(p.cols) for p in self.params.values() if p.word >= 0))
 
 
-class Param(NamedTuple):
-    """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
-
-    name: str
-    out: int
-    cols: int
-    at: int  # offset in the flat int8 buffer
-    row: int  # offset in the per-row scales
-    word: int  # offset in a pair's stream of noise words, -1 if frozen
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return self.out * max(self.cols, 1)
-
-
-def words(entries: int) -> int:
-    """How many 32-bit words hold this many +-1 entries."""
-    return -(-entries // 32)
-
-
-def frozen(name: str, part: str) -> bool:
-    """Whether a part, like emb, att or att.w*, names this parameter."""
-    return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise: a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
 
@@ -224,6 +223,19 @@ def factors(cfg: Config, p: Param, keys: tuple[np.ndarray, np.ndarray], rank: in
 # Weights: int8 with a fixed scale per row
 
 
+ARRAYS = ("q", "scale", "residual")  # a model's arrays
+
+
+def digest(arrays: Iterable[np.ndarray]) -> bytes:
+    """SHA-256 of arrays, one after the other."""
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()
+
+
+def host(a: Any) -> np.ndarray:
+    """An array in this computer's memory, wherever it is."""
+    return a if isinstance(a, np.ndarray) else a.get()
+
+
 @dataclass
 class Model:
     """The state of a run: int8 weights, their fixed scales, and the int16 remainders of the updates."""
@@ -254,19 +266,6 @@ class Model:
         self.q, self.residual = (host(a) if xp is np else xp.asarray(a) for a in (self.q, self.residual))
 
 
-ARRAYS = ("q", "scale", "residual")  # a model's arrays
-
-
-def digest(arrays: Iterable[np.ndarray]) -> bytes:
-    """SHA-256 of arrays, one after the other."""
-    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()
-
-
-def host(a: Any) -> np.ndarray:
-    """An array in this computer's memory, wherever it is."""
-    return a if isinstance(a, np.ndarray) else a.get()
-
-
 def empty_model(cfg: Config) -> Model:
     """A model of zeros."""
     size, rows, _ = cfg.sizes
@@ -289,7 +288,7 @@ def new_model(cfg: Config, seed: int) -> Model:
             if part in ("head.weight", "att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1"):
                 continue
             h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))
-            total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510
+            total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510  # of mean 0, variance (256^2 - 1)/3
             m.weight(name)[:] = np.rint(total * (16 / math.sqrt((256**2 - 1) / 3))).reshape(p.out, p.cols)
             continue
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
@@ -315,14 +314,12 @@ LOG2E = F32(1.4426950408889634)
 EXP2 = [F32(math.log(2) ** n / math.factorial(n)) for n in range(7)]  # Taylor: 2^f, |f| <= 1/2, relative error 2e-7
 LOG2 = [F32(2 / math.log(2) / n) for n in (1, 3, 5, 7)]  # log2 m = 2/ln 2 (s + s^3/3 + s^5/5 + ...), s = (m-1)/(m+1)
 MAGIC = F32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer, ties to even
-UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
 BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
 MAX_BITS = F32(63)  # a token costs at most this much, so int32 holds the loss of 8,191 tokens
-LONGEST = 8192  # tokens of a prompt and its answer
 
 
 def ordered_sum(x: np.ndarray) -> np.ndarray:
-    """Sum of the last axis in the one order that all backends share: eight running sums, then folded in halves."""
+    """Sum of the last axis, float32 [..., n] -> [...], in the order of all backends: eight sums, folded in halves."""
     s = np.zeros((*x.shape[:-1], 8), F32)
     for i in range(0, x.shape[-1], 8):
         s[..., :x.shape[-1] - i] += x[..., i:i + 8]
@@ -332,7 +329,7 @@ def ordered_sum(x: np.ndarray) -> np.ndarray:
 
 
 def exp2(y: np.ndarray) -> np.ndarray:
-    """2^y, clamped to |y| <= 126."""
+    """2^y of float32 of any shape, to a relative 4e-7; y is clamped to +-126, so the result is a normal number."""
     y = np.minimum(np.maximum(y, F32(-126)), F32(126))
     m = y + MAGIC
     f = y - (m - MAGIC)
@@ -343,8 +340,8 @@ def exp2(y: np.ndarray) -> np.ndarray:
 
 
 def log2(x: np.ndarray) -> np.ndarray:
-    """log2 x for normal x > 0."""
-    e = (x.view(np.int32) - 0x3F3504F3) >> 23  # 0x3F3504F3 is sqrt(1/2): m falls in [0.707, 1.414)
+    """log2 x of float32 of any shape, normal and > 0, to 2e-7 plus a relative 4e-7."""
+    e = (x.view(np.int32) - 0x3F3504F3) >> 23  # 0x3F3504F3 is sqrt(1/2), as bits: m falls in [0.707, 1.414)
     m = (x.view(np.int32) - (e << 23)).view(F32)
     s = (m - F32(1)) / (m + F32(1))
     z = s * s
@@ -352,17 +349,17 @@ def log2(x: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x)."""
+    """1 / (1 + e^-x), float32 of any shape."""
     return F32(1) / (F32(1) + exp2(-LOG2E * x))
 
 
 def tanh(x: np.ndarray) -> np.ndarray:
-    """Hyperbolic tangent."""
+    """Hyperbolic tangent, 2 sigmoid(2 x) - 1, float32 of any shape."""
     return F32(2) * sigmoid(F32(2) * x) - F32(1)
 
 
 def normalise(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.ndarray:
-    """Layer norm of the last axis; w and b broadcast against x."""
+    """Layer norm of the last axis, (x - mean) / sqrt(variance + eps) w + b, float32; w and b broadcast against x."""
     inv = F32(1 / x.shape[-1])
     x = x - (ordered_sum(x) * inv)[..., None]
     var = ordered_sum(x * x) * inv
@@ -371,7 +368,7 @@ def normalise(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.nda
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127 as float32 [..., n], scale [...]."""
-    top = np.maximum(np.abs(x).max(-1), F32(1e-30))
+    top = np.maximum(np.abs(x).max(-1), F32(1e-30))  # of nothing but zeros the scale may be anything but zero
     return np.rint(x * (F32(127) / top)[..., None]), top * F32(1 / 127)
 
 
@@ -531,7 +528,6 @@ typedef long long i64;
   typedef float vf;
   typedef int vi;
   typedef unsigned vu;
-  #define restrict __restrict__
   #ifndef SHARED
     #define SHARED 49152                          // bytes of shared memory that a block may have
   #endif
@@ -575,13 +571,12 @@ typedef long long i64;
   #define splat(x) (x)
   #define isplat(x) (x)
   #define LANE_OF(v, l) __shfl_sync(~0u, v, l)    // of a register, asked for by all lanes
-  #define MORE(a, b) (-((a) > (b)))               // lane by lane, all bits or none
+  #define PICK(test, a, b) ((test) ? (a) : (b))   // lane by lane, of integers
   #define ALL(x) __all_sync(~0u, x)
   #define AT(v, l) (v)                            // lane l of a register, in FOR_LANE(l)
   #define AS_I(x) __float_as_int(x)
   #define AS_F(x) __int_as_float(x)
   #define ADD(p, x) atomicAdd(p, x)               // of integers, so the order does not matter
-  #define RINT(x) rintf(x)
   #define VECTOR(op) f##op##f                     // fmaxf, fminf
   #define fsqrtf sqrtf
   #define STORED 0                                // is a member's noise kept? Here it is rebuilt whenever it is needed
@@ -601,6 +596,7 @@ typedef long long i64;
           : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
   #endif
 #else
+  #include <math.h>
   #include <string.h>
   #ifdef __SSE2__
     #include <immintrin.h>
@@ -674,7 +670,7 @@ typedef long long i64;
   #define UNROLL _Pragma("GCC unroll 16")
   #define UNROLL_2 UNROLL
   #define I2F(x) __builtin_convertvector(x, vf)
-  #define MORE(a, b) ((vi)((a) > (b)))
+  #define PICK(test, a, b) (((a) & (vi)(test)) | ((b) & ~(vi)(test)))
   #define ALL(x) all(&(x))
   #define splat(x) ((x) - (vf){0})
   #define isplat(x) ((x) + (vi){0})
@@ -682,7 +678,11 @@ typedef long long i64;
   #define AS_I(x) ((vi)(x))
   #define AS_F(x) ((vf)(x))
   #define ADD(p, x) (*(p) += (x))
-  #define RINT(x) __builtin_rintf(x)
+  INLINE int load4(const i8 *w) {                 // four bytes that may start anywhere
+    int x;
+    memcpy(&x, w, 4);
+    return x;
+  }
   INLINE int all(const vi *x) {
     int y = -1;
     for (int l = 0; l < LANES; l++) y &= (*x)[l];
@@ -756,7 +756,7 @@ INLINE vf exp2_(vf y) {
 }
 
 INLINE vf log2_(vf x) {
-  vi e = (AS_I(x) - 0x3F3504F3) >> 23;
+  vi e = (AS_I(x) - 0x3F3504F3) >> 23;            // the bits of sqrt(1/2)
   vf m = AS_F(AS_I(x) - (e << 23)), s = (m - 1.0f) / (m + 1.0f), z = s * s;
   return I2F(e) + s * (((LOG2_3 * z + LOG2_2) * z + LOG2_1) * z + LOG2_0);
 }
@@ -849,14 +849,6 @@ typedef struct {
 #define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
 #define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
 #define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a stored factor starts, given its first word
-
-#ifndef __CUDACC__
-INLINE int load4(const i8 *w) {                   // four bytes that may start anywhere
-  int x;
-  memcpy(&x, w, 4);
-  return x;
-}
-#endif
 
 INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
   return mix_lanes(mix_lanes((u32)(k * WORDS + word) + m->k0) ^ m->k1);
@@ -991,41 +983,37 @@ PART void recurrence(Model *m, int l, int c, int width) {
   }
 }
 #else
-// acc[j] += the products of `words` words of codes with row j of w, j < n
-INLINE void dot_rows(vi *acc, int n, const int *codes, int words, const i8 *w, int cols) {
-  for (int k = 0; k < words; k++) {
-    vi x = CODE(codes, cols, k);
-    UNROLL for (int j = 0; j < n; j++) acc[j] = dot4(acc[j], x, isplat(load4(w + j * cols + 4 * k)));
+// acc[j] += row j of ROWS packed rows, n long, times the codes of all lanes
+INLINE void multiply(vi *acc, const i8 *rows, const int *codes, int n, int cols) {
+  for (int k = 0; k < n; k += 4) {
+    const vi x = CODE(codes, cols, k / 4);
+    UNROLL for (int j = 0; j < ROWS; j++) acc[j] = dot4(acc[j], x, isplat(load4(rows + PACKED_AT(j, k, cols))));
   }
 }
 
-INLINE void matmul_rows(buf y, const Model *m, const Input *in, const vf *xb, Tensor t, int o, int n, int cols) {
-  vi acc[ROWS];
-  UNROLL for (int j = 0; j < n; j++) acc[j] = Q(in->start, 0);
-  dot_rows(acc, n, in->q, (cols + 3) / 4, m->packed + t.pack + o * cols, cols);
-  vf z[ROWS];
-  UNROLL for (int j = 0; j < n; j++) z[j] = I2F(acc[j]);
-  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
-  #if STORED
-    const int *sign = m->s->minus + COLUMN(k, t.word) + o;
-    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ sign[j]);
-  #else
-    const vu h = noise(m, k, t.word + o / 32);
-    UNROLL for (int j = 0; j < n; j++) z[j] = z[j] + AS_F(AS_I(xb[k]) ^ minus(h, o % 32 + j));
-  #endif
-  }
-  const float *scale = m->scale + t.row + o;
-  UNROLL for (int j = 0; j < n; j++) V(y, j) = z[j] * scale[j] * V(in->sx, 0);
-}
-
-// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x
+// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x. The last tile may have rows that are not stored.
 INLINE void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
   const Input *in = (const Input *)input;
-  vf xb[R];
-  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) xb[k] = m->c * I2F(Q(in->p, k));
-  int o = 0;
-  for (; o + ROWS <= rows; o += ROWS) matmul_rows(y + o, m, in, xb, t, first + o, ROWS, cols);
-  for (; o < rows; o++) matmul_rows(y + o, m, in, xb, t, first + o, 1, cols);
+  for (int i = 0; i < rows; i += ROWS) {
+    const int o = first + i;
+    vi acc[ROWS];
+    vf z[ROWS];
+    UNROLL for (int j = 0; j < ROWS; j++) acc[j] = Q(in->start, 0);
+    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, cols);
+    UNROLL for (int j = 0; j < ROWS; j++) z[j] = I2F(acc[j]);
+    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
+      const vf xb = m->c * I2F(Q(in->p, k));
+  #if STORED
+      const int *sign = m->s->minus + COLUMN(k, t.word) + o;
+      UNROLL for (int j = 0; j < ROWS; j++) z[j] = z[j] + AS_F(AS_I(xb) ^ sign[j]);
+  #else
+      const vu h = noise(m, k, t.word + o / 32);
+      UNROLL for (int j = 0; j < ROWS; j++) z[j] = z[j] + AS_F(AS_I(xb) ^ minus(h, o % 32 + j));
+  #endif
+    }
+    const float *scale = m->scale + t.row + o;
+    UNROLL for (int j = 0; j < ROWS; j++) if (i + j < rows) V(y, i + j) = z[j] * scale[j] * V(in->sx, 0);
+  }
 }
 
 // S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width; a lane is a value channel.
@@ -1248,16 +1236,14 @@ INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
 // `choose` in Python: the token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
 // SYNC comes after it.
 FUNCTION vi choose(Model *m, float heat, int at) {
-  #define PICK(mask, a, b) (((a) & (mask)) | ((b) & ~(mask)))
   vf best = splat(-3e38f);
   vi found = isplat(0);
   EACH(v, VOCAB) {
     vf z = V(m->g->logits, v);
     if (heat != 0)
       z = z * heat - log2_(-log2_((I2F((vi)(noise(m, R, at * VOCAB + v) >> 9)) + 0.5f) * (1.0f / 8388608)));
-    const vi more = MORE(z, best);
-    best = AS_F(PICK(more, AS_I(z), AS_I(best)));
-    found = PICK(more, isplat(v), found);
+    found = PICK(z > best, isplat(v), found);
+    best = vmax(z, best);
   }
 #ifdef __CUDACC__  // of what the warps have found, the best and, of equals, the first
   FAST(Fast, s, m->s);
@@ -1348,7 +1334,7 @@ KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *
       vf target;
       FOR_LANE(t) AT(target, t) = g->logits[t < m->lanes ? READ(t, 1) : 0][t];
       vf bits = log2_(total) - (target - top) * LOG2E;
-      vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;
+      vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;  // the bits of MAGIC itself
       EACH(i, 1) FOR_LANE(t) if (t < m->lanes && !AT(done, t)) ADD(&score[BATCH ? member + t : member], AT(cost, t));
 #if BATCH
       FOR_LANE(t) if (AT(own, t) && (AT(next, t) == stop || t0 + 2 >= given[member + t] + length)) AT(done, t) = -1;
@@ -1390,29 +1376,24 @@ PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, i
   }
 }
 #else
-INLINE void accumulate_rows(Update *s, const int *b, vi start, int column, int j, int n, int pairs) {
-  vi acc[ROWS];
-  UNROLL for (int i = 0; i < n; i++) acc[i] = *(vi *)&s->z[j + i][column] + start;
-  dot_rows(acc, n, b, pairs / 4, s->fa + PACKED_AT(j, 0, PAIRS), PAIRS);
-  UNROLL for (int i = 0; i < n; i++) *(vi *)&s->z[j + i][column] = acc[i];
-}
-
 INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
   vi start = isplat(0);
   if (BIAS) for (int q = 0; q < pairs / 4; q++) start = dot4(start, CODE(b, PAIRS, q), isplat(0x01010101));
-  start *= -BIAS;
-  int j = 0;
-  for (; j + ROWS <= rows; j += ROWS) accumulate_rows(s, b, start, column, j, ROWS, pairs);
-  for (; j < rows; j++) accumulate_rows(s, b, start, column, j, 1, pairs);
+  for (int j = 0; j < rows; j += ROWS) {
+    vi acc[ROWS];
+    UNROLL for (int i = 0; i < ROWS; i++) acc[i] = start * -BIAS;
+    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, PAIRS);
+    UNROLL for (int i = 0; i < ROWS; i++) *(vi *)&s->z[j + i][column] += acc[i];
+  }
 }
 #endif
 
 // Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
-INLINE void move(i8 *restrict weights, short *restrict residuals, const int *restrict z, float gain, int n) {
+INLINE void move(i8 *weights, short *residuals, const int *z, float gain, int n) {
   FLAT(i, n) {
     float x = z[i] * gain;
-    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // at most 64 steps
-    int total = residuals[i] + (int)RINT(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
+    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // 2^21: at most 64 steps
+    int total = residuals[i] + (int)rintf(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
     residuals[i] = total - whole * 32768;
     weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
   }
@@ -1488,6 +1469,9 @@ class Sizes(NamedTuple):
     members: int  # of a task of `score`
     packed: int  # bytes of packed weights
     threads: int  # of a block, on a GPU
+
+
+UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
 
 
 def update_units(cfg: Config) -> tuple[list[tuple[Param, int]], np.ndarray]:
@@ -1630,7 +1614,7 @@ class NumpyBackend:
                 fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
                 Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
             at = slice(p.at + own.start * cols, p.at + own.stop * cols)
-            move = np.clip(Z.astype(F32) * F32(gain), F32(-(2**21)), F32(2**21))
+            move = np.clip(Z.astype(F32) * F32(gain), F32(-(2**21)), F32(2**21))  # at most 64 steps of 2^15
             total = model.residual[at] + np.rint(move).astype(np.int32).ravel()
             whole = (total + 2**14) >> 15
             model.residual[at] = total - (whole << 15)
@@ -1660,22 +1644,9 @@ class KernelBackend:
 
     def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
               state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
-              first: int = 0, mode: str = "score") -> np.ndarray:
-        """See NumpyBackend; mode: see `kernel_source`."""
-        return self.run(mode, same, model, text, start, tokens, noise, first, state, logits, None, np.int32(0), F32(0),
-                        np.int32(-1))
-
-    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
-                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
-        """See NumpyBackend."""
-        heat = LOG2E / F32(temperature) if temperature else F32(0)
-        start = np.arange(len(text)) * text.shape[1]
-        return self.run("generate", False, model, text, start, text.shape[1] - 1, noise, first, None, None,
-                        given, np.int32(length), heat, np.int32(stop))
-
-    def run(self, mode: str, same: bool, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
-            noise: tuple[int, int, float], first: int, *rest: Any) -> np.ndarray:
-        """Launch `score` in a mode; rest: its arguments from `state` on."""
+              first: int = 0, mode: str = "score",
+              asked: tuple = (None, np.int32(0), F32(0), np.int32(-1))) -> np.ndarray:
+        """See NumpyBackend; mode: see `kernel_source`; asked: the kernel's arguments `given` to `stop`."""
         seed, step, sigma = noise
         launch, packed = self.launcher(mode)
         cost, start = np.zeros(len(start), np.int32), np.ascontiguousarray(start, np.int64)
@@ -1683,9 +1654,16 @@ class KernelBackend:
             launch("pack", range(len(self.units)), (model.q, packed), [packed])
         launch("score", range(-(-len(start) // launch.sizes.members)), (
             model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.int32(first),
-            np.uint32(seed), np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, *rest),
-            [cost, *rest[:2], *([text] if mode == "generate" else [])])
+            np.uint32(seed), np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, *asked),
+            [cost, state, logits, *([text] if mode == "generate" else [])])
         return cost
+
+    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
+                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
+        """See NumpyBackend."""
+        heat = LOG2E / F32(temperature) if temperature else F32(0)
+        return self.score(model, text, np.arange(len(text)) * text.shape[1], text.shape[1] - 1, noise, first=first,
+                          mode="generate", asked=(given, np.int32(length), heat, np.int32(stop)))
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: range | None = None) -> None:
@@ -1705,8 +1683,7 @@ def cores() -> int:
 
 def cache_dir() -> Path:
     """A directory for compiled code that nobody but its owner can write; a fresh one where that cannot be had."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = base / "nano_eggroll"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_eggroll"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = path.lstat()
@@ -1760,9 +1737,6 @@ class CLauncher:
         sizes = np.zeros(len(Sizes._fields), np.int32)
         self.lib.sizes(*c_arguments((sizes,)))
         self.sizes = Sizes(*sizes.tolist())
-        self.free: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(threads):
-            self.free.put(np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8))
         self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
@@ -1771,12 +1745,24 @@ class CLauncher:
         pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
 
         def run(i: int) -> None:
-            scratch = self.free.get()
+            scratch = np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8)
             kernel(*argv, tasks.start + i * count // pieces, tasks.start + (i + 1) * count // pieces,
-                   ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))
-            self.free.put(scratch)
+                   ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
 
         list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
+
+
+def cuda_trouble(e: Exception) -> UserError:
+    """What to do about an error of CuPy's."""
+    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
+    for sign, remedy in {
+        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
+        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
+        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
+    }.items():
+        if sign in text:
+            return UserError(f"the GPU {remedy}; or use --backend c")
+    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
 
 
 # Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
@@ -1839,19 +1825,6 @@ class CudaLauncher:
             raise cuda_trouble(e) from None
 
 
-def cuda_trouble(e: Exception) -> UserError:
-    """What to do about an error of CuPy's."""
-    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
-    for sign, remedy in {
-        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
-        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
-        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
-    }.items():
-        if sign in text:
-            return UserError(f"the GPU {remedy}; or use --backend c")
-    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The evolution strategy
 
@@ -1893,7 +1866,7 @@ class ES:
 
 def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
     """What chooses the data of pairs (or groups) in a step, uint32 [n]: from the hash, like the noise."""
-    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))
+    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))  # any number that makes it another stream
 
 
 def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
@@ -1909,6 +1882,9 @@ def shape_fitness(d: np.ndarray) -> np.ndarray:
         total = np.append(total[:half] + total[half:2 * half], total[2 * half:])
     rms = math.sqrt(total[0] / len(d))
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
+
+
+LONGEST = 8192  # tokens of a prompt and its answer
 
 
 class Members(NamedTuple):
@@ -2030,7 +2006,8 @@ class Team:
     def update(self, model: Model, backend: Backend, f: np.ndarray, seed: int, gain: float) -> None:
         """`backend.update`, by each process for all weights or, where that is faster here, by each for a share of them.
 
-        At times each does all of it, and then weights, residuals and the scores of a pair must be equal everywhere.
+        At times each does all of it, and then weights, residuals and the scores of a pair must be equal everywhere:
+        raises UserError, with names, where they are not.
         """
         n, self.steps = self.steps, self.steps + 1
         check = bool(self.comm) and (n % 256 == 0 or n & (n - 1) == 0)
@@ -2072,7 +2049,7 @@ def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members],
     """One step of EGGROLL (algorithm 1 of the paper): changes the model.
 
     Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
-    fitness is not finite counts as equal.
+    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each.
     """
     edges = [2 * i for i in team.shares(es.population // 2)]
     first, last = edges[team.rank], edges[team.rank + 1]
