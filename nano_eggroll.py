@@ -2133,45 +2133,45 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
 # The method ends here. What follows: text, yardsticks, files of models, problems and rewards, training, command line.
 
 
-def cuda_device(local: int = 0) -> str:
-    """Name of the GPU that this machine's process number `local` is to use, from now on the current one.
+DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
+
+
+def cuda_device(local: int = 0) -> None:
+    """Make a GPU the current one, of several that for process number `local` of this machine.
 
     Raises UserError where there is none, saying why.
     """
     try:
         import cupy  # type: ignore
+
+        runtime = cupy.cuda.runtime
+        driver, needs = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000  # of CUDA 12.4: 12
+        if driver >= needs:
+            cupy.cuda.Device(local % runtime.getDeviceCount()).use()
     except ImportError as e:
         raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
-    try:
-        driver = cupy.cuda.runtime.driverGetVersion()
-        if not driver:
-            raise UserError("no NVIDIA driver was found: install one, or use --backend c")
-        if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
-            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update "
-                            f"it, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
-        device = local % cupy.cuda.runtime.getDeviceCount()
-        cupy.cuda.Device(device).use()
-        return cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
-    except UserError:
-        raise
-    except Exception as e:  # noqa: BLE001
+    except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
         raise cuda_trouble(e) from None
+    if not driver:
+        raise UserError("no NVIDIA driver was found: install one, or use --backend c")
+    if driver < needs:
+        raise UserError(f"the NVIDIA driver is for CUDA {driver}, CuPy for CUDA {needs}: update it, pip install "
+                        f"cupy-cuda{driver}x instead, or use --backend c")
 
 
 def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, local: int = 0) -> Backend:
-    """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy."""
-    for choice in [name] if name else ["cuda", "c", "numpy"]:
+    """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy. Raises UserError."""
+    builders = {"cuda": CudaLauncher, "c": lambda source: CLauncher(source, threads or cores())}
+    for choice, slower in ("cuda", "c"), ("c", "numpy, which is much slower"):
         try:
-            if choice == "cuda":
-                cuda_device(local)
-                return KernelBackend(cfg, rank, choice, CudaLauncher)
-            if choice == "c":
-                return KernelBackend(cfg, rank, choice, lambda source: CLauncher(source, threads or cores()))
+            if name in (None, choice):
+                if choice == "cuda":
+                    cuda_device(local)
+                return KernelBackend(cfg, rank, choice, builders[choice])
         except UserError as e:
             if name:
                 raise
             if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
-                slower = "c" if choice == "cuda" else "numpy, which is much slower"
                 print(f"note: {e}; going on with {slower}", file=sys.stderr)
     return NumpyBackend(cfg, rank)
 
@@ -3244,7 +3244,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-DATA = Path(__file__).resolve().parent / "data" / "tales.txt"
 SHAPE = ("dim", "layers", "head_size")
 HELP = {
     "dim": "width D", "layers": "number of layers", "head_size": "width of a head, a divisor of --dim",
