@@ -48,7 +48,7 @@ import json
 import math
 import operator
 import os
-import pickletools
+import pickle
 import platform
 import queue
 import re
@@ -63,11 +63,11 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -2136,6 +2136,16 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
 DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
 
 
+def printable(text: str) -> str:
+    """A text without what could change the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def one_line(e: BaseException) -> str:
+    """What an error says, in a line."""
+    return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
+
+
 def cuda_device(local: int = 0) -> None:
     """Make a GPU the current one, of several that for process number `local` of this machine.
 
@@ -2162,6 +2172,8 @@ def cuda_device(local: int = 0) -> None:
 def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, local: int = 0) -> Backend:
     """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy. Raises UserError."""
     builders = {"cuda": CudaLauncher, "c": lambda source: CLauncher(source, threads or cores())}
+    if name not in (None, "numpy", *builders):
+        raise UserError(f"there is no --backend {name}: choose numpy, c or cuda")
     for choice, slower in ("cuda", "c"), ("c", "numpy, which is much slower"):
         try:
             if name in (None, choice):
@@ -2289,36 +2301,39 @@ def save_model(model: Model, path: Path) -> None:
 
 
 def load_model(path: Path) -> Model:
-    """Read model.npz, or an official checkpoint; raises UserError unless every byte is as it was written."""
-    if path.suffix.lower() in (".pth", ".safetensors"):
-        return load_official(path)
+    """Read model.npz, or an official checkpoint; raises UserError unless it is whole."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: give a model.npz that a training run wrote, or an official checkpoint")
+    official = path.suffix.lower() in (".pth", ".safetensors")
     try:
-        with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
-        if digest(arrays[k] for k in (*ARRAYS, "meta")) != arrays["check"].tobytes():
-            raise ValueError("its checksum is wrong")
-        meta = json.loads(arrays["meta"].tobytes())
-        q, scale, residual = (arrays[k] for k in ARRAYS)
-        m = Model(Config(**meta["config"]), q, scale, residual, meta["step"], meta["extra"])
-        size, rows, _ = m.cfg.sizes
-        if [(a.dtype, a.shape) for a in (m.q, m.scale, m.residual)] != [
-                (np.int8, (size,)), (np.float32, (rows,)), (np.int16, (size,))]:
+        return (load_official if official else load_own)(path)
+    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
+        what = "RWKV-7 checkpoint of torch >= 1.6" if official else "model.npz"
+        raise UserError(f"{path} is not a whole {what} ({one_line(e)}): use another copy") from None
+
+
+def load_own(path: Path) -> Model:
+    """Read model.npz; raises one or other exception unless every byte is as it was written."""
+    with np.load(path, allow_pickle=False) as z:
+        arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
+    if digest(arrays[k] for k in (*ARRAYS, "meta")) != arrays["check"].tobytes():
+        raise ValueError("its checksum is wrong")
+    meta = json.loads(arrays["meta"].tobytes())
+    cfg, (q, scale, residual) = Config(**meta["config"]), (arrays[k] for k in ARRAYS)
+    for a, dtype, size in (q, np.int8, cfg.sizes[0]), (scale, F32, cfg.sizes[1]), (residual, np.int16, cfg.sizes[0]):
+        if a.dtype != dtype or a.shape != (size,):
             raise ValueError("its arrays do not fit its configuration")
-        return m
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
-    except Exception as e:  # noqa: BLE001 (a damaged zip file can raise almost anything)
-        raise UserError(f"{path} is not a whole model.npz ({e}): use another copy or train again") from None
+    return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
 
 
 def load_run(out: Path) -> Model:
     """The last whole checkpoint of a run; raises UserError."""
-    path, previous = out / "model.npz", out / "model.previous.npz"
+    path = out / "model.npz"
     try:
         model = load_model(path)
     except UserError as e:
         try:
-            model = load_model(previous)
+            model = load_model(path.with_suffix(".previous.npz"))
         except UserError:
             raise UserError(f"{e}; where {out / 'scores.bin'} is whole, --replay {out} rebuilds the weights") from None
         print(f"note: {str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}",
@@ -2329,25 +2344,39 @@ def load_run(out: Path) -> Model:
     return model
 
 
-def reopen(path: Path, size: int, check: int) -> BinaryIO:
-    """A file to append to, cut to what it held at a checkpoint: so many bytes of this CRC-32; raises UserError."""
-    file = open(path, "ab", buffering=0)  # noqa: SIM115 (its writer closes it)
-    try:
-        import fcntl
+class Growing:
+    """A file that only grows. A checkpoint notes its size and CRC-32; what came after that is cut off by --resume."""
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-    except BlockingIOError:
-        raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    more = file.seek(0, os.SEEK_END) - size
-    if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
-        raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
-                        f"--load {path.parent / 'model.npz'}")
-    if more:
-        print(f"note: cutting {more} bytes off {path}, which were written after the checkpoint", file=sys.stderr)
-        file.truncate(size)
-    return file
+    def __init__(self, path: Path, size: int, check: int) -> None:
+        """size, check: of the last checkpoint, 0 and 0 for a new file. Raises UserError, OSError."""
+        self.file, self.size, self.check = open(path, "ab", buffering=0), size, check  # noqa: SIM115
+        with contextlib.suppress(ImportError):  # on Windows
+            import fcntl
+
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
+            except BlockingIOError:
+                raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
+            except OSError:  # a file system without locks
+                pass
+        more = self.file.seek(0, os.SEEK_END) - size
+        if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
+            raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
+                            f"--load {path.parent / 'model.npz'}")
+        if more:
+            print(f"note: cutting {more} bytes off {path}, which were written after the checkpoint", file=sys.stderr)
+            self.file.truncate(size)
+
+    def append(self, data: bytes) -> None:
+        """Raises OSError."""
+        if self.file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size, self.check = self.size + len(data), zlib.crc32(data, self.check)
+
+    def saved(self) -> tuple[int, int]:
+        """Its size and CRC-32, once it is on the disk."""
+        os.fsync(self.file.fileno())
+        return self.size, self.check
 
 
 def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
@@ -2383,73 +2412,44 @@ class Stored(NamedTuple):
     read: Callable[[], np.ndarray]  # its entries: float16, float32 or, for bfloat16, uint16
 
 
-DTYPES = {"torch BFloat16Storage": "<u2", "torch HalfStorage": "<f2", "torch FloatStorage": "<f4",
-          "BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}  # by their names in a .safetensors; numpy has no bfloat16
 
 
-def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
-    """What torch.save pickled, as plain data; tensor(storage, offset, shape, strides, ...) makes the tensors.
+class Named(dict):
+    """Tensors by name: a key that is no string, and might take for ever to hash, is refused."""
 
-    Interprets just the opcodes that tensors need. What the file names is never imported, but known or refused.
-    """
-    known: dict[str, Callable[..., Any]] = {
-        "collections OrderedDict": lambda: {},  # noqa: PIE807 (dict would take arguments)
-        "torch._utils _rebuild_tensor_v2": tensor,
-        "torch._utils _rebuild_parameter": lambda data, needs_gradient, hooks: data}
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
+    def __setitem__(self, name: Any, value: Any) -> None:
+        """As of any dict."""
+        if type(name) is not str:
+            raise ValueError("the name of a tensor is not a string")
+        super().__setitem__(name, value)
 
-    def pop(count: int | None = None) -> list[Any]:
-        """The last items of the stack: so many, or those since the last mark."""
-        at = marks.pop() if count is None else len(stack) - count
-        if at < 0:
-            raise ValueError("its stack is empty")
-        items = stack[at:]
-        del stack[at:]
-        return items
 
-    for op, arg, _ in pickletools.genops(data):
-        match op.name:
-            case "PROTO" | "FRAME" | "BINPERSID":  # a storage's persistent id, a tuple, stands for it
-                pass
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
-                stack.append(arg)
-            case "NEWFALSE" | "NEWTRUE" | "NONE":
-                stack.append(None)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop()))
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(pop("E123".index(op.name[-1]))))
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[int(arg or 0)])
-            case "GLOBAL" | "STACK_GLOBAL":
-                name = arg or " ".join(pop(2))
-                if name not in known and name not in DTYPES:
-                    raise ValueError(f"it asks for {name.replace(' ', '.')}, which no tensor needs")
-                stack.append(name)
-            case "REDUCE":
-                name, args = pop(2)
-                if type(name) is not str or name not in known:
-                    raise ValueError("it calls what is no function")
-                stack.append(known[name](*args))
-            case "BUILD":  # torch's remarks on the versions of modules
-                pop(1)
-            case "SETITEM" | "SETITEMS":
-                items = pop(2 if op.name == "SETITEM" else None)
-                if any(type(key) is not str for key in items[::2]):
-                    raise ValueError("the name of a tensor is not a string")
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "STOP":
-                return stack.pop()
-            case other:
-                raise ValueError(f"its pickle has the opcode {other}, which no tensor needs")
+class Unpickler(pickle._Unpickler):
+    """Python's own, less all opcodes but those that tensors need: it imports nothing, and runs what is `known`."""
+
+    opcodes = ("PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE "
+               "TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS "
+               "GLOBAL STACK_GLOBAL REDUCE BINPERSID")
+    dispatch: ClassVar[dict[int, Callable[[Any], Any]]] = {
+        code: pickle._Unpickler.dispatch[code] for code in [getattr(pickle, name)[0] for name in opcodes.split()]}
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Named())
+    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()  # torch's remarks on the versions of modules
+
+    def __init__(self, data: bytes, known: dict[str, Any]) -> None:
+        """known: what stands for each module.name that may be asked for."""
+        super().__init__(io.BytesIO(data))
+        self.known = known
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Known, or refused; never imported."""
+        if f"{module}.{name}" not in self.known:
+            raise ValueError(f"it asks for {module}.{name}, which no tensor needs")
+        return self.known[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage's id, a tuple, stands for it."""
+        return pid
 
 
 def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
@@ -2466,8 +2466,8 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
         match storage:
-            case ("storage", str(kind), str(key), str(), int(length)) if kind in DTYPES:
-                dtype = np.dtype(DTYPES[kind])
+            case ("storage", np.dtype() as dtype, str(key), str(), int(length)):
+                pass
             case _:
                 raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
         numbers = (length, offset, *shape, *strides)
@@ -2487,7 +2487,11 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
 
     if f"{root}byteorder" in archive.namelist() and read("byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
-    return unpickle(read("data.pkl"), tensor)
+    known = {f"torch.{name}Storage": np.dtype(DTYPES[kind])
+             for name, kind in (("BFloat16", "BF16"), ("Half", "F16"), ("Float", "F32"))}
+    return Unpickler(read("data.pkl"), known | {
+        "collections.OrderedDict": lambda: Named(), "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_parameter": lambda data, needs_gradient, hooks: data}).load()
 
 
 def safetensors(file: BinaryIO) -> dict[str, Stored]:
@@ -2502,7 +2506,7 @@ def safetensors(file: BinaryIO) -> dict[str, Stored]:
     found, end = {}, 8 + length
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         kind, shape, at = t["dtype"], tuple(t["shape"]), end
-        if kind not in ("BF16", "F16", "F32"):
+        if kind not in DTYPES:
             raise ValueError(f"{name} is neither bfloat16 nor float16 nor float32")
         if len(shape) > 3 or any(type(n) is not int or not 0 <= n < 2**40 for n in (*shape, *t["data_offsets"])):
             raise ValueError(f"the shape of {name} is not one of an RWKV-7")
@@ -2548,68 +2552,62 @@ OUTLIER = 3  # how much larger than the median column's a column's absmax may be
 MOST = 16  # to be moved; the entries of a vector share one scale, and the small ones would vanish beside a huge one
 
 
+def float_rows(p: Param, tensor: Stored) -> Iterator[tuple[slice, np.ndarray]]:
+    """A tensor, some rows at a time: which, and float32 [n, cols]; a vector is a row. Raises ValueError."""
+    swapped = re.search(r"\.att\.[wavg][12]$", p.name)  # as official files are
+    want = ((p.cols, p.out) if swapped else (p.out, p.cols)) if p.cols else (p.out,)
+    if (tensor.shape if p.cols else (math.prod(tensor.shape),)) != want:  # a vector may be [1, 1, D], and r_k is [H, N]
+        raise ValueError(f"{p.name} is {list(tensor.shape)} and should be {list(want)}")
+    entries = tensor.read()
+    rows = (entries.T if swapped else entries).reshape(p.out if p.cols else 1, -1)
+    some = max(1, 2**20 // rows.shape[1])
+    for i in range(0, len(rows), some):
+        w = rows[i:i + some]
+        w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
+        if not (np.abs(w) < 1e30).all():  # so neither is NaN
+            raise ValueError(f"{p.name} has entries that are too large or not finite")
+        yield slice(i, i + len(w)), w
+
+
 def load_official(path: Path) -> Model:
     """An RWKV-7 checkpoint (.pth or .safetensors, official names) as int8, each row of a matrix scaled by its absmax.
 
     An outlying column would leave few int8 steps for the others, so its size goes where the input comes from, if it can
     (as in SmoothQuant, arXiv 2211.10438): the function stays the same. Holds one tensor at a time besides the int8
-    model. Raises UserError unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no other.
+    model. Raises one or other exception unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no
+    other.
     """
-    try:
-        with open(path, "rb") as file:
-            tensors = pth_tensors(file) if path.suffix.lower() == ".pth" else safetensors(file)
-            if any(not isinstance(t, Stored) for t in tensors.values()):
-                raise ValueError("it holds more than tensors")
-            m = empty_model(official_config(tensors))
-            params = m.cfg.params
-            extra = set(tensors) - set(params) - {f"blocks.0.att.v{i}" for i in range(3)}  # some have these unused
-            for names, what in (set(params) - set(tensors), "lacks"), (extra, "has"):
-                if names:
-                    raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
-
-            def parts(p: Param) -> Iterator[tuple[slice, np.ndarray]]:
-                """Some rows at a time: which, and float32 [n, cols]; a vector is a row."""
-                transposed = re.search(r"\.att\.[wavg][12]$", p.name)
-                want = ((p.cols, p.out) if transposed else (p.out, p.cols)) if p.cols else (p.out,)
-                shape = tensors[p.name].shape
-                if (shape if p.cols else (math.prod(shape),)) != want:  # a vector may be [1, 1, D], and r_k is [H, N]
-                    raise ValueError(f"{p.name} is {list(shape)} and should be {list(want)}")
-                entries = tensors[p.name].read()
-                rows = (entries.T if transposed else entries).reshape(p.out if p.cols else 1, -1)
-                some = max(1, 2**20 // rows.shape[1])
-                for i in range(0, len(rows), some):
-                    w = rows[i:i + some]
-                    w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
-                    if not (np.abs(w) < 1e30).all():  # so neither is NaN
-                        raise ValueError(f"{p.name} has entries that are too large or not finite")
-                    yield slice(i, i + len(w)), w
-
-            excess: dict[str, np.ndarray] = {}  # of each column of a matrix
-            for name, p in params.items():
-                if p.cols:
-                    top = np.max([np.abs(w).max(0) for _, w in parts(p)], 0)
-                    excess[name] = np.clip(top / (OUTLIER * np.median(top) or math.inf), 1, MOST)
-            shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
-            for readers, sources, power in SCALABLE:
-                for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
-                    if at := [b + n for n in readers if b + n in params]:
-                        factor = np.max([excess[n] for n in at], 0).astype(F32)
-                        shrink |= dict.fromkeys(at, factor)
-                        grow |= {b + n: factor ** F32(1 / power) for n in sources}
-            for name, p in params.items():
-                by_row, q = grow.get(name, np.ones(p.out, F32)), m.weight(name).reshape(p.out if p.cols else 1, -1)
-                for rows, w in parts(p):
-                    w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
-                    top = np.abs(w).max(1, keepdims=True)
-                    scale = np.where(top > 1e-30, top, F32(1)) / F32(127)
-                    q[rows] = np.rint(w / scale)
-                    m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
-            return m
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: give the path of a checkpoint") from None
-    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({one_line(e)}): download it again"
-                        ) from None
+    with open(path, "rb") as file:
+        tensors = pth_tensors(file) if path.suffix.lower() == ".pth" else safetensors(file)
+        if any(not isinstance(t, Stored) for t in tensors.values()):
+            raise ValueError("it holds more than tensors")
+        m = empty_model(official_config(tensors))
+        params = m.cfg.params
+        extra = set(tensors) - set(params) - {f"blocks.0.att.v{i}" for i in range(3)}  # some have these unused
+        for names, what in (set(params) - set(tensors), "lacks"), (extra, "has"):
+            if names:
+                raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
+        excess: dict[str, np.ndarray] = {}  # of each column of a matrix
+        for name, p in params.items():
+            if p.cols:
+                top = np.max([np.abs(w).max(0) for _, w in float_rows(p, tensors[name])], 0)
+                excess[name] = np.clip(top / (OUTLIER * np.median(top) or math.inf), 1, MOST)
+        shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
+        for readers, sources, power in SCALABLE:
+            for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
+                if at := [b + n for n in readers if b + n in params]:
+                    factor = np.max([excess[n] for n in at], 0).astype(F32)
+                    shrink |= dict.fromkeys(at, factor)
+                    grow |= {b + n: factor ** F32(1 / power) for n in sources}
+        for name, p in params.items():
+            by_row, q = grow.get(name, np.ones(p.out, F32)), m.weight(name).reshape(p.out if p.cols else 1, -1)
+            for rows, w in float_rows(p, tensors[name]):
+                w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
+                top = np.abs(w).max(1, keepdims=True)
+                scale = np.where(top > 1e-30, top, F32(1)) / F32(127)
+                q[rows] = np.rint(w / scale)
+                m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
+        return m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2658,16 +2656,6 @@ def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *arg
         text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
         print(printable(text), end="", flush=True)
     print("\n---")
-
-
-def printable(text: str) -> str:
-    """A text without what could change the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
-def one_line(e: BaseException) -> str:
-    """What an error says, in a line."""
-    return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2800,13 +2788,6 @@ class Asking:
     temperature: float = 0.0
     stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
 
-    def __post_init__(self) -> None:
-        """Check; raises UserError."""
-        if self.temperature and not 0.001 <= self.temperature <= 100:
-            raise UserError(f"--temperature {self.temperature} is out of range: choose 0, or 0.001 to 100")
-        if self.length < 0:
-            raise UserError(f"--length {self.length} is out of range: choose 1 or more")
-
 
 @dataclass
 class Task:
@@ -2817,7 +2798,7 @@ class Task:
     sample: Callable[[Model, Backend], None]  # prints something that the model writes
     shown: Callable[[float], float]  # a mean fitness as the figure that is shown
     unit: str  # of both figures
-    columns: str  # their names in log.csv
+    columns: tuple[str, str]  # their names in log.csv
     tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
     text: np.ndarray  # some tokens, uint16, to see how the model does, see `lost`
 
@@ -2834,8 +2815,8 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     return Task(predict(train, tokens),
                 lambda model, backend, team=ALONE: evaluate(model, backend, val, tokens, team) / size,
                 lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
-                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
-                tokens, val[:32])
+                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte",
+                ("train_bits", "val_bits"), tokens, val[:32])
 
 
 def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
@@ -2889,7 +2870,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
         for p, answer in zip(held, held_out(model, backend, held[:5]), strict=False):
             print(printable(f"{p.prompt}{answer}   (answer: {p.answer})"))
 
-    return Task(fitness, validate, sample, float, "accuracy", "train_reward,val_accuracy",
+    return Task(fitness, validate, sample, float, "accuracy", ("train_reward", "val_accuracy"),
                 sum(len(encoded[p.prompt]) for p in train) // len(train) + length,
                 np.array([token for p in held[:32] for token in encoded[p.prompt]][:32], np.uint16))
 
@@ -2898,26 +2879,31 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
 # Training and measuring
 
 
-def plot(out: Path, marks: dict[str, float], task: Task) -> None:
-    """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
+def plot(out: Path, marks: dict[str, float], task: Task, title: str) -> None:
+    """Draw out/log.csv as out/curve.png (1800 x 1100 pixels), with the yardsticks as lines; needs matplotlib."""
     import matplotlib  # type: ignore
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt  # type: ignore
 
-    with open(out / "log.csv") as f:
+    with open(out / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    fig, ax = plt.subplots(figsize=(8, 5))
-    tokens = [int(r["tokens"]) for r in rows]
-    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation"),
-                                    strict=True):
-        ax.plot(tokens, [float(r[column]) for r in rows], color=color, label=label)
+    plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
+    fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    tokens = [int(row["tokens"]) for row in rows]
+    for column, look, label in zip(task.columns, ({"color": "0.75"}, {"color": "C0", "linewidth": 2.5, "marker": "o"}),
+                                   ("training, with noise", "validation"), strict=True):
+        ax.plot(tokens, [float(row[column]) for row in rows], label=label, **look)
     for name, bits in marks.items():
-        ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
-        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", fontsize=8, transform=ax.get_yaxis_transform())
-    ax.set(xlabel="tokens read by the population", ylabel=task.unit, xscale="log", title="nano_eggroll")
-    ax.legend()
-    fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
+        ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
+        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
+    ax.set(xlabel="tokens read by the population", ylabel=task.unit, title=title, xscale="log")
+    if marks:  # bits; an accuracy may be 0
+        ax.set(yscale="log")
+        ax.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        ax.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    ax.legend(frameon=False)
+    fig.savefig(out / "curve.png", dpi=200)
     print(f"curve {out / 'curve.png'}")
 
 
@@ -2941,89 +2927,84 @@ def lost(model: Model, text: np.ndarray) -> float:
     return gone / max(some, 1)
 
 
+GUARD_RAILS = {  # how much of something is too much in a row of the log, and what is said then, once in a run
+    "limit": (0.02, "{:.1%} of the weights are at +-127 and cannot grow any more: use less --lr"),  # more than at first
+    "lost": (0.5, "{:.0%} of the activations are rounded to 0, since a few are very large: use less --lr or --sigma"),
+    "equal": (0.95, "{:.0%} of the pairs had equal fitness, which teaches nothing: use more --sigma or --temperature, or "
+              + "a reward with partial credit"),
+    "ignored": (0, "{} pairs had a fitness that is no finite number and were left out: correct the reward"),
+}
+
+
 def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: Team = ALONE) -> float:
     """Train from model.step to es.steps, return the figure of the last validation.
 
     Writes to `out`: log.csv at every validation, scores.bin (see `read_scores`) at every step, and a checkpoint at
     every validation and every 30 seconds, whose model.extra["so_far"] says how much of these files it goes with.
+    Raises UserError where it cannot write, and where it was stopped.
     """
-    every = max(1, es.steps // 20)  # steps between validations
-    so_far = model.extra.setdefault("so_far", {
-        "seconds": 0.0, "log.csv": (0, 0), "scores.bin": (0, 0), "check": 0, "limit": at_limit(model), "warned": [],
-        "fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0})  # the last four since the last row of the log
-    files = dict[str, BinaryIO]()
-    stop: list[int] = []
-    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    counts = {"fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0}  # since the last row of the log
+    so_far = model.extra.setdefault("so_far", {"seconds": 0.0, "log.csv": (0, 0), "scores.bin": (0, 0), "check": 0,
+                                               "limit": at_limit(model), "warned": [], **counts})
+    every, per_step = max(1, es.steps // 20), es.population * task.tokens  # steps between validations; tokens
     live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
-    per_step, first, before = es.population * task.tokens, model.step, so_far["seconds"]
+    files, stop = dict[str, Growing](), list[int]()
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     began = saved = shown = time.monotonic()
-    val = math.nan
+    before, first, val = so_far["seconds"], model.step, math.nan
 
-    def append(name: str, data: bytes) -> None:
-        if not team.rank:
-            if files[name].write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            size, check = so_far[name]
-            so_far[name] = size + len(data), zlib.crc32(data, check)
-
-    def checkpoint() -> None:
-        nonlocal saved
-        team.complete(model, backend)
-        so_far["seconds"] = before + time.monotonic() - began
-        if not team.rank:
-            for file in files.values():
-                os.fsync(file.fileno())
-            save_model(model, out / "model.npz")
-        team.either()  # nobody goes on, or ends the job, before it is written
-        saved = time.monotonic()
-
-    def warn(name: str, trouble: bool, message: str) -> None:
-        if trouble and name not in so_far["warned"]:
-            so_far["warned"].append(name)
-            print(f"note: {message}", file=sys.stderr)
+    def seconds() -> float:
+        return before + time.monotonic() - began
 
     def speed() -> float:
-        return (model.step - first) * per_step / (time.monotonic() - began)
-
-    def row() -> None:
-        """Validation, a row of the log and a checkpoint."""
-        nonlocal val
-        val = task.validate(model, backend, team)
-        if not team.rank:
-            limit, crushed, steps = at_limit(model), lost(model, task.text), so_far["steps"]
-            equal, ignored = so_far["equal"] / (steps * es.population / 2), so_far["ignored"]
-            append("log.csv", f"{model.step},{before + time.monotonic() - began:.2f},{model.step * per_step},"
-                   f"{so_far['fitness'] / steps:.4f},{val:.4f},{speed():.0f},{limit:.5f},{crushed:.5f},{equal:.5f},"
-                   f"{ignored}\n".encode())
-            warn("limit", limit > so_far["limit"] + 0.02, f"{limit:.1%} of the weights are at +-127 and cannot "
-                 "grow any more: use less --lr")
-            warn("lost", crushed > 0.5, f"{crushed:.0%} of the activations are rounded to 0, since a few are very "
-                 "large: use less --lr or --sigma")
-            warn("equal", equal > 0.95, f"{equal:.0%} of the pairs had equal fitness, which teaches nothing: use more "
-                 "--sigma, a --temperature, or a reward with partial credit")
-            warn("ignored", ignored > 0, f"{ignored} pairs had a fitness that is no finite number and were left out: "
-                 "correct the reward")
-        so_far.update(fitness=0.0, steps=0, equal=0, ignored=0)
-        checkpoint()
+        return (model.step - first) * per_step / (seconds() - before)
 
     def due() -> bool:
         return model.step % every == 0 or model.step == es.steps
 
+    def checkpoint() -> None:
+        nonlocal saved
+        team.complete(model, backend)
+        if not team.rank:
+            so_far.update({name: file.saved() for name, file in files.items()}, seconds=seconds())
+            save_model(model, out / "model.npz")
+        team.either()  # nobody goes on, or ends the job, before it is written
+        saved = time.monotonic()
+
+    def row() -> None:
+        """Write a row of the log, a checkpoint and, once each, what goes wrong."""
+        if not team.rank:
+            limit, crushed, ignored = at_limit(model), lost(model, task.text), so_far["ignored"]
+            equal = so_far["equal"] / (so_far["steps"] * es.population / 2)
+            line = {"step": model.step, "seconds": f"{seconds():.2f}", "tokens": model.step * per_step,
+                    task.columns[0]: f"{so_far['fitness'] / so_far['steps']:.4f}", task.columns[1]: f"{val:.4f}",
+                    "tokens_per_s": f"{speed():.0f}", "weights_at_limit": f"{limit:.5f}",
+                    "activations_lost": f"{crushed:.5f}", "equal_pairs": f"{equal:.5f}", "ignored_pairs": ignored}
+            for cells in [line.values()] if files["log.csv"].size else [line, line.values()]:
+                files["log.csv"].append((",".join(map(str, cells)) + "\n").encode())
+            for found, (name, (most, note)) in zip((limit, crushed, equal, ignored), GUARD_RAILS.items(), strict=True):
+                if found > most + so_far["limit"] * (name == "limit") and name not in so_far["warned"]:
+                    so_far["warned"].append(name)
+                    print("note: " + note.format(found), file=sys.stderr)
+        so_far.update(counts)
+        checkpoint()
+
     def report(found: np.ndarray, f: np.ndarray) -> bool:
-        nonlocal shown
+        nonlocal shown, val
         finite = np.isfinite(found)
-        mean = task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
-        so_far["fitness"] += mean
+        so_far["fitness"] += task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
         so_far["steps"] += 1
         so_far["equal"] += int((found[::2] == found[1::2]).sum())
         so_far["ignored"] += int((~finite[::2] | ~finite[1::2]).sum())
         so_far["check"] = zlib.crc32(f.tobytes(), so_far["check"])
-        append("scores.bin", f.tobytes() + so_far["check"].to_bytes(4, "little"))
-        stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
+        if not team.rank:
+            files["scores.bin"].append(f.tobytes() + so_far["check"].to_bytes(4, "little"))
         mean = so_far["fitness"] / so_far["steps"]
+        stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
         if late:
             checkpoint()
         if due():
+            val = task.validate(model, backend, team)
             row()
         if due() or (live and time.monotonic() - shown > 0.2):
             shown, left = time.monotonic(), int((es.steps - model.step) * per_step / speed())
@@ -3033,23 +3014,20 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         return stopping
 
     try:
-        for name in () if team.rank else ("log.csv", "scores.bin"):
-            files[name] = reopen(out / name, *so_far[name])
-        if so_far.pop("from_previous", False) and not team.rank:  # so that the next checkpoint does not replace it
-            os.replace(out / "model.previous.npz", out / "model.npz")
-        if not so_far["log.csv"][0]:
+        if not team.rank:
+            files.update({name: Growing(out / name, *so_far[name]) for name in ("log.csv", "scores.bin")})
+            if so_far.pop("from_previous", False):  # so that the next checkpoint does not replace it
+                os.replace(out / "model.previous.npz", out / "model.npz")
+        if not so_far["check"]:
             checkpoint()  # so that it can go on, whatever happens
-            columns = f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,equal_pairs"
-            append("log.csv", f"{columns},ignored_pairs\n".encode())
-            load = model.extra.get("origin", {}).get("load")
-            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": load,
+            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra["origin"]["load"],
                                  "start": model.sha256(*ARRAYS)}).encode() + b"\n"
             so_far["check"] = zlib.crc32(header)
-            append("scores.bin", header + so_far["check"].to_bytes(4, "little"))
+            if not team.rank:
+                files["scores.bin"].append(header + so_far["check"].to_bytes(4, "little"))
+        val = task.validate(model, backend, team)
         if so_far["steps"] and due():
             row()  # which it had not come to
-        else:
-            val = task.validate(model, backend, team)
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
         evolve(model, task.fitness, es, backend, report, team)
         if so_far["steps"]:
@@ -3062,7 +3040,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         for s, handler in handlers.items():
             signal.signal(s, handler)
         for file in files.values():
-            file.close()
+            file.file.close()
         if live:
             print()
     if model.step < es.steps:
@@ -3109,18 +3087,6 @@ def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backen
     print(f"weights sha256 {model.sha256()}")
 
 
-def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
-                noise: tuple[int, int, float], state: Any = None) -> None:
-    """Naive ES, to compare with: +-1 for every weight of every member's matrices, written out anew in each call."""
-    if isinstance(backend, KernelBackend):
-        backend.score(model, text, start, tokens, noise, state, mode="naive")
-        return
-    for i in range(len(start)):
-        own = model.q + signs(pair_keys(*noise[:2], np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
-        backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1], tokens, (0, 0, 0.0),
-                      None if state is None else state[i:i + 1])
-
-
 # int8 operations of a multiprocessor in a clock, by compute capability (NVIDIA's data sheets, without sparsity)
 PEAK = {"75": 2048, "80": 4096, "86": 2048, "89": 2048, "90": 8192, "100": 16384}
 
@@ -3130,55 +3096,61 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
 
     Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
     """
-    model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
+    model, T, P, text = new_model(cfg, 0), es.tokens, es.population, mix(np.arange(2**20)).astype(np.uint16) % cfg.vocab
     text.setflags(write=False)
     model.hold(backend.xp)
-    few = min(es.population, max(2 * cores(), es.population // 32))  # where members share nothing, a few of them do
-    start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
-    state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(es.population // 2))
-    answers, given = np.zeros((es.population, T + 1), np.uint16), np.ones(es.population, np.int32)
-    ways: dict[str, tuple[Callable[..., object], float]] = {
-        "inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
-        "EGGROLL whole step": (backend.score, es.sigma), "EGGROLL, one by one": (backend.score, es.sigma),
-        "naive ES forward": (lambda *a: naive_score(backend, *a), es.sigma)}
+    few = min(P, max(2 * cores(), P // 32))  # where members share nothing, a few of them do
+    start, still, noise = np.repeat(segments(text, T, es.seed, 0, np.arange(P // 2)), 2), (0, 0, 0.0), (0, 0, es.sigma)
+    state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(P // 2))
+    answers, given = np.zeros((P, T + 1), np.uint16), np.ones(P, np.int32)
 
-    def run(name: str, generate: bool) -> int:
-        """One pass over T tokens; returns how many tokens that were."""
-        score, sigma = ways[name]
-        members = few if "naive" in name or "one by one" in name else es.population
-        if "one by one" in name:
-            for i in range(members):
-                if generate:
-                    backend.generate(model, answers[i:i + 1], given[:1], T, (0, 0, sigma), 0.0, -1)
-                else:
-                    score(model, text, start[i:i + 1], T, (0, 0, sigma))
-        elif not generate and "step" in name:
-            es_step(model, backend, replace(es, steps=2**31), predict(text, T))
-        elif not generate:
-            score(model, text, start[:members], T, (0, 0, sigma))
-        elif "naive" in name:
-            state[:] = 0
-            for t in range(T):
-                score(model, text, start[:members] + t, 1, (0, 0, sigma), state)
-        else:
-            backend.generate(model, answers, given, T, (0, 0, sigma), 0.0, -1)
-            if "step" in name:
-                backend.update(model, f, 0, 0, 1.0)
-        if backend.name == "cuda":
-            backend.xp.cuda.Device().synchronize()
-        return members * T
+    def read(noise: tuple[int, int, float], members: int = P, each: int = P) -> None:
+        for i in range(0, members, each):
+            backend.score(model, text, start[i:i + each], T, noise)
 
-    speeds: dict[tuple[str, bool], list[float]] = {(name, g): [] for name in ways for g in (False, True)}
+    def write(noise: tuple[int, int, float], members: int = P, each: int = P) -> None:
+        for i in range(0, members, each):
+            backend.generate(model, answers[i:i + each], given[i:i + each], T, noise, 0.0, -1)
+
+    def whole_step_of_writing() -> None:
+        write(noise)
+        backend.update(model, f, 0, 0, 1.0)
+
+    def naive(first: int, tokens: int, state: Any = None) -> None:
+        """Naive ES: +-1 for every weight of every member's matrices, written out anew in each call."""
+        if isinstance(backend, KernelBackend):
+            backend.score(model, text, start[:few] + first, tokens, noise, state, mode="naive")
+            return
+        for i in range(few):
+            own = model.q + signs(pair_keys(0, 0, np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
+            backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1] + first, tokens, still,
+                          None if state is None else state[i:i + 1])
+
+    def naive_writing() -> None:
+        state[:] = 0
+        for t in range(T):
+            naive(t, 1, state)
+
+    ways: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {  # members, scoring, generation
+        "inference, no perturbation": (P, lambda: read(still), lambda: write(still)),
+        "EGGROLL forward": (P, lambda: read(noise), lambda: write(noise)),
+        "EGGROLL whole step": (P, lambda: es_step(model, backend, replace(es, steps=2**31), predict(text, T)),
+                               whole_step_of_writing),
+        "EGGROLL, one by one": (few, lambda: read(noise, few, 1), lambda: write(noise, few, 1)),
+        "naive ES forward": (few, lambda: naive(0, T), naive_writing)}
+    speeds: dict[tuple[str, bool], list[float]] = {(name, generated): [] for name in ways for generated in (False, True)}
     rounds, began = -1, time.perf_counter()  # the first round warms up
     while rounds < 3 or (time.perf_counter() - began < least and rounds < 50):
         for key, speed in speeds.items():
-            t = time.perf_counter()
-            tokens = run(*key)
-            speed += [tokens / (time.perf_counter() - t)] * (rounds >= 0)
+            (members, *both), t = ways[key[0]], time.perf_counter()
+            both[key[1]]()
+            if backend.name == "cuda":
+                backend.xp.cuda.Device().synchronize()
+            speed += [members * T / (time.perf_counter() - t)] * (rounds >= 0)
         rounds += 1
     products = sum(p.size for n, p in cfg.params.items() if p.cols and n != "emb.weight")
     print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} rank {es.rank} population "
-          f"{es.population}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
+          f"{P}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
     print(f"{'tokens/s':28}{'scoring':>45}{'generation':>45}")
     low, mid, high = ({key: np.percentile(speed, q) for key, speed in speeds.items()} for q in (25, 50, 75))
     for name in ways:
@@ -3215,54 +3187,58 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; options that were not given are None."""
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", type=Path, help="text; the last 10%% is for validation (data/tales.txt)")
-    p.add_argument("--out", type=Path, help="folder of the model and its log (out, or out-2, ... where that is taken)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
-    p.add_argument("--replay", type=Path, metavar="DIR", help="rebuild the weights of a run from its scores.bin")
-    p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz, or an official RWKV-7 .pth or "
-                   ".safetensors")
-    p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
-    p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
-    p.add_argument("--vocab", type=Path, metavar="FILE", help="tokens, like rwkv_vocab_v20230424.txt (bytes)")
-    p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, "
-                   "like emb,att.w*; '' for none (with --load and --vocab: emb,head)")
-    for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
-        for name in names:
-            value = getattr(settings, name)
-            p.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="N" if value != "" else "TEXT",
-                           help=HELP[name] + (f" ({value})" if value else ""))
-    p.add_argument("--minutes", type=float, metavar="N", help="choose --steps so that training takes about this long")
-    p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
-    p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few "
-                   "as together have this probability (1)")
-    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or a task's accuracy")
-    p.add_argument("--bench", action="store_true", help="measure this machine")
-    p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
-    return p.parse_args(argv)
-
-
-SHAPE = ("dim", "layers", "head_size")
-HELP = {
-    "dim": "width D", "layers": "number of layers", "head_size": "width of a head, a divisor of --dim",
-    "population": "members, an even number", "rank": "rank of the perturbations, 1 to 8",
-    "tokens": "length of a segment", "steps": "updates", "sigma": "size of the perturbations, in int8 steps",
-    "lr": "learning rate, in int8 steps; 0: from --steps",
-    "seed": "of weights, noise, sampling and order of the data",
-    "task": "what to train for: text to predict --data, sums, or a FILE.jsonl of {\"prompt\": ..., \"answer\": ...}",
-    "reward": f"of a task's answers: {', '.join(REWARDS)}, or module:function (near for sums, else exact)",
-    "group_size": "members who get the same problem, an even number",
-    "length": "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)",
-    "temperature": "of answers, 0 for the likeliest token (0), or of a sample (0.7)",
-    "stop": "the token that ends an answer (newline, or with --vocab end of text)",
+SHAPE, PROBLEMS = ("dim", "layers", "head_size"), "--task sums or a file of problems"
+OPTIONS: dict[str, tuple[type, str]] = {
+    "data": (Path, "text; the last 10%% is for validation (data/tales.txt)"),
+    "out": (Path, "folder of the model and its log (out, or out-2, ... where that is taken)"),
+    "resume": (bool, "go on with the run in --out, with its own settings"),
+    "replay": (Path, "rebuild the weights of the run in this folder from its scores.bin"),
+    "load": (Path, "start from this model.npz, or an official RWKV-7 .pth or .safetensors"),
+    "backend": (str, "numpy, c or cuda (the fastest that works here)"),
+    "threads": (int, "of the c backend (all cores this process may use)"),
+    "vocab": (Path, "tokens, like rwkv_vocab_v20230424.txt (bytes)"),
+    "freeze": (str, "leave parameters with these parts in their names as they are, like emb,att.w*; '' for none (with "
+               + "--load and --vocab: emb,head)"),
+    "dim": (int, "width D"),
+    "layers": (int, "number of layers"),
+    "head_size": (int, "width of a head, a divisor of --dim"),
+    "population": (int, "members, an even number"),
+    "rank": (int, "rank of the perturbations, 1 to 8"),
+    "tokens": (int, "length of a segment"),
+    "steps": (int, "updates"),
+    "minutes": (float, "choose --steps so that training takes about this long"),
+    "sigma": (float, "size of the perturbations, in int8 steps"),
+    "lr": (float, "learning rate, in int8 steps (from --steps)"),
+    "seed": (int, "of weights, noise, sampling and order of the data (0)"),
+    "task": (str, 'what to train for: text to predict --data, sums, or a FILE.jsonl of {"prompt": ..., "answer": ...}'),
+    "reward": (str, f"of answers: {', '.join(REWARDS)}, or module:function (near for sums, else exact)"),
+    "group_size": (int, "members who get the same problem, an even number"),
+    "length": (int, "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)"),
+    "temperature": (float, "of answers, 0 for the likeliest token (0), or of a sample (0.7)"),
+    "stop": (str, "the token that ends an answer (newline, or with --vocab end of text)"),
+    "sample": (str, "continue this text with the model of --load"),
+    "top_p": (float, "of --sample: draw from the likeliest tokens only, as few as together have this probability (1)"),
+    "eval": (bool, "validate the model of --load: bits/byte, or a task's accuracy"),
+    "bench": (bool, "measure this machine"),
+    "plot": (bool, "draw the curve as curve.png in --out (needs matplotlib)"),
 }
 
 
-def names_of(settings: type) -> list[str]:
-    """The fields of a dataclass."""
-    return [f.name for f in fields(settings)]
+def option(name: str) -> str:
+    """How a setting is called on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; options that were not given are None. Raises UserError."""
+    p = Parser(description=__doc__.split("\n\n")[0])
+    defaults = asdict(Config()) | asdict(ES()) | asdict(Asking())
+    for name, (kind, text) in OPTIONS.items():
+        more: dict[str, Any] = {"action": "store_const", "const": True} if kind is bool else {
+            "type": kind, "metavar": "PATH" if kind is Path else "TEXT" if kind is str else "N"}
+        default = defaults.get(name) if name not in ("vocab", "freeze") else None
+        p.add_argument(option(name), help=text + (f" ({default})" if default else ""), **more)
+    return p.parse_args(argv)
 
 
 def prepare_out(out: Path | None) -> Path:
@@ -3295,53 +3271,50 @@ def steps_for(minutes: float, model: Model, backend: Backend, es: ES, task: Task
 
 def run(a: argparse.Namespace, team: Team) -> None:
     """Do what the command line says; raises UserError."""
-    def of(names: Iterable[str]) -> dict[str, Any]:
-        return {name: getattr(a, name) for name in names if getattr(a, name) is not None}
-
     team.agree("options", {**vars(a), "backend": None, "threads": None})
-    given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
+    given = {name: value for name, value in vars(a).items() if value is not None}
+    shape, of_es, of_ask = ({name: value for name, value in given.items() if name in names}
+                            for names in (SHAPE, vars(ES()), vars(Asking())))
+    for name, least, most in (("threads", 1, 4096), ("minutes", 1e-3, 1e6), ("top_p", 1e-6, 1), ("length", 1, 1e9),
+                              ("temperature", 1e-3, 100)):
+        value = given.get(name, least)
+        if not least <= value <= most and (value or name != "temperature"):
+            raise UserError(f"{option(name)} {value:g} is out of range: choose {least:g} to {most:g}")
     if a.task not in (None, "text", "sums"):
-        asked["task"] = str(Path(a.task).resolve())  # to --resume from another folder
-    es, ask, out, data, vocab_file = ES(**given), Asking(**asked), a.out, a.data or DATA, a.vocab
-    if a.threads is not None and a.threads < 1:
-        raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
-    if a.minutes is not None and not 0 < a.minutes < 1e6:
-        raise UserError(f"--minutes {a.minutes:g} is out of range: give a positive number of minutes")
-    if a.top_p is not None and not 0 < a.top_p <= 1:
-        raise UserError(f"--top-p {a.top_p:g} is out of range: give more than 0, at most 1")
-    threads, local = a.threads or max(1, cores() // team.sharing), team.local
+        of_ask["task"] = str(Path(a.task).resolve())  # to --resume from another folder
+    es, ask, out, data, vocab_file = ES(**of_es), Asking(**of_ask), a.out, a.data or DATA, a.vocab
+    threads, local, sampling = a.threads or max(1, cores() // team.sharing), team.local, a.sample is not None
 
     def make(cfg: Config, rank: int) -> Backend:
         return make_backend(a.backend, cfg, rank, threads, local)
 
-    if a.replay or a.bench or a.sample is not None:  # one process is enough
+    if a.replay or a.bench or sampling:  # one process is enough
         if team.rank:
             return None
         team = ALONE
     if a.replay:
-        if given or shape or asked or a.resume or out or a.data or a.vocab or a.eval or a.bench or a.sample is not None:
-            raise UserError("--replay goes with --load, --backend and --threads only: leave the others out")
+        if others := given.keys() - {"replay", "load", "backend", "threads"}:
+            raise UserError(f"{option(min(others))} does not go with --replay: leave it out")
         return replay(a.replay, a.load, make)
     origin = {"load": a.load and str(a.load.resolve()), "minutes": a.minutes, "freeze": a.freeze}
     if a.resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out")
         model = team.first(lambda: load_run(out))
-        was = asdict(model.cfg) | model.extra["es"] | model.extra["ask"] | model.extra["origin"]
-        for name, value in (given | shape | origin | (asked if a.sample is None else {})).items():
+        extra = model.extra
+        was = asdict(model.cfg) | extra["es"] | extra["ask"] | extra["origin"]
+        for name, value in (of_es | shape | origin | ({} if sampling else of_ask)).items():
             if value is not None and value != was[name]:
-                raise UserError(f"--{name.replace('_', '-')} {value} is not the {was[name]} of the run in {out}: leave "
-                                "it out to go on with that run, or start another")
-        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra["ask"]), a.data or Path(model.extra["data"])
-        vocab_file = a.vocab or (model.extra["vocab"] and Path(model.extra["vocab"]))
-    is_text, sampling = ask.task == "text", a.sample is not None
-    of_sums = "--task sums or a file of problems"
-    for names, fits, where in ((["data"], is_text, "--task text"), (["top_p"], sampling, "--sample"),
-                               (["reward", "group_size", "stop"], not is_text, of_sums),
-                               (["length", "temperature"], sampling or not is_text, f"--sample, or {of_sums}")):
-        for name in names:
-            if not fits and getattr(a, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} goes with {where}: leave it out, or add that")
+                raise UserError(f"{option(name)} {value} is not the {was[name]} of the run in {out}: leave it out to go "
+                                "on with that run, or start another")
+        es, ask, data = ES(**extra["es"]), Asking(**extra["ask"]), a.data or Path(extra["data"])
+        vocab_file = a.vocab or (extra["vocab"] and Path(extra["vocab"]))
+    is_text = ask.task == "text"
+    for fits, where, *names in ((is_text, "--task text", "data"), (sampling, "--sample", "top_p"),
+                                (not is_text, PROBLEMS, "reward", "group_size", "stop"),
+                                (sampling or not is_text, f"--sample, or {PROBLEMS}", "length", "temperature")):
+        if not fits and (wrong := given.keys() & names):
+            raise UserError(f"{option(min(wrong))} goes with {where}: leave it out, or add that")
     vocab = Vocab(vocab_file)
     if a.load and not a.resume:
         model = load_model(a.load)
@@ -3398,13 +3371,14 @@ def run(a: argparse.Namespace, team: Team) -> None:
     team.agree("files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
     team.shares(es.population // 2)  # are there enough?
     out = out if a.resume else team.first(lambda: prepare_out(out))
-    print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
-          f"backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
+    title = f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}"
+    print(f"{title}, backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
     figure = train(model, engine, es, task, out, team)
     if team.rank:
         return None
     if a.plot:
-        plot(out, marks, task)
+        plot(out, marks, task, f"{title}\n{data.name if is_text else Path(ask.task).name}: D={model.cfg.dim}, "
+             f"L={model.cfg.layers}, rank {es.rank}")
     task.sample(model, engine)
     print(f"model {out / 'model.npz'}")
     print(f"{task.unit} {figure:.4f}")
