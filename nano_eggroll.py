@@ -2147,10 +2147,7 @@ def one_line(e: BaseException) -> str:
 
 
 def cuda_device(local: int = 0) -> None:
-    """Make a GPU the current one, of several that for process number `local` of this machine.
-
-    Raises UserError where there is none, saying why.
-    """
+    """Make a GPU the current one, another for each process `local` of a machine; raises UserError, saying why not."""
     try:
         import cupy  # type: ignore
 
@@ -2280,10 +2277,7 @@ def yardsticks(path: Path, text: bytes, val_text: bytes) -> dict[str, float]:
 
 
 def save_model(model: Model, path: Path) -> None:
-    """Write model.npz (plain numpy arrays) whole or not at all; the one before stays, as model.previous.npz.
-
-    Raises OSError.
-    """
+    """Write model.npz whole or not at all; the one before stays, as model.previous.npz. Raises OSError."""
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
     arrays = {k: host(getattr(model, k)) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
@@ -2426,30 +2420,23 @@ class Named(dict):
 
 
 class Unpickler(pickle._Unpickler):
-    """Python's own, less all opcodes but those that tensors need: it imports nothing, and runs what is `known`."""
+    """Python's own, less all opcodes but those that tensors need: it imports nothing, and calls only what is `known`."""
 
+    known: dict[str, Any]  # what stands for each module.name that may be asked for
     opcodes = ("PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE "
                "TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS "
-               "GLOBAL STACK_GLOBAL REDUCE BINPERSID")
+               "GLOBAL STACK_GLOBAL REDUCE")
     dispatch: ClassVar[dict[int, Callable[[Any], Any]]] = {
         code: pickle._Unpickler.dispatch[code] for code in [getattr(pickle, name)[0] for name in opcodes.split()]}
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Named())
     dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()  # torch's remarks on the versions of modules
-
-    def __init__(self, data: bytes, known: dict[str, Any]) -> None:
-        """known: what stands for each module.name that may be asked for."""
-        super().__init__(io.BytesIO(data))
-        self.known = known
+    dispatch[pickle.BINPERSID[0]] = lambda self: None  # a storage's id, a tuple, stands for it
 
     def find_class(self, module: str, name: str) -> Any:
         """Known, or refused; never imported."""
         if f"{module}.{name}" not in self.known:
             raise ValueError(f"it asks for {module}.{name}, which no tensor needs")
         return self.known[f"{module}.{name}"]
-
-    def persistent_load(self, pid: Any) -> Any:
-        """A storage's id, a tuple, stands for it."""
-        return pid
 
 
 def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
@@ -2465,11 +2452,9 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
         return archive.read(root + name)
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
-        match storage:
-            case ("storage", np.dtype() as dtype, str(key), str(), int(length)):
-                pass
-            case _:
-                raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
+        _, dtype, key, _, length = storage
+        if not isinstance(dtype, np.dtype) or type(key) is not str:
+            raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
         numbers = (length, offset, *shape, *strides)
         if len(numbers) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in numbers):
             raise ValueError("the shape of a tensor is not one of an RWKV-7")
@@ -2487,11 +2472,12 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
 
     if f"{root}byteorder" in archive.namelist() and read("byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
-    known = {f"torch.{name}Storage": np.dtype(DTYPES[kind])
-             for name, kind in (("BFloat16", "BF16"), ("Half", "F16"), ("Float", "F32"))}
-    return Unpickler(read("data.pkl"), known | {
-        "collections.OrderedDict": lambda: Named(), "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_parameter": lambda data, needs_gradient, hooks: data}).load()
+    unpickler = Unpickler(io.BytesIO(read("data.pkl")))
+    unpickler.known = {f"torch.{name}Storage": np.dtype(dtype)
+                       for name, dtype in zip(("BFloat16", "Half", "Float"), DTYPES.values(), strict=True)}
+    unpickler.known |= {"collections.OrderedDict": lambda: Named(), "torch._utils._rebuild_tensor_v2": tensor,
+                        "torch._utils._rebuild_parameter": lambda data, needs_gradient, hooks: data}
+    return unpickler.load()
 
 
 def safetensors(file: BinaryIO) -> dict[str, Stored]:
@@ -2671,10 +2657,11 @@ class Problem(NamedTuple):
 
 def sums() -> tuple[list[Problem], list[Problem]]:
     """All additions of two numbers below 100: those to train on and, held out, one in ten."""
-    both = [Problem(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
-    unordered = np.array([min(a, b) * 100 + max(a, b) for a in range(100) for b in range(100)])  # so 2+1 goes with 1+2
-    out = mix(unordered + 1) % 10 == 0
-    return [p for p, o in zip(both, out, strict=True) if not o], [p for p, o in zip(both, out, strict=True) if o]
+    found: tuple[list[Problem], list[Problem]] = [], []
+    for a, b in itertools.product(range(100), repeat=2):
+        out = mix(min(a, b) * 100 + max(a, b) + 1) % 10 == 0  # 2+1 goes with 1+2
+        found[bool(out)].append(Problem(f"{a}+{b}=", str(a + b)))
+    return found
 
 
 def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
@@ -2884,25 +2871,26 @@ def plot(out: Path, marks: dict[str, float], task: Task, title: str) -> None:
     import matplotlib  # type: ignore
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # type: ignore
+    from matplotlib import pyplot, ticker  # type: ignore
 
     with open(out / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
-    fig, ax = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
+    fig, ax = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     tokens = [int(row["tokens"]) for row in rows]
-    for column, look, label in zip(task.columns, ({"color": "0.75"}, {"color": "C0", "linewidth": 2.5, "marker": "o"}),
-                                   ("training, with noise", "validation"), strict=True):
-        ax.plot(tokens, [float(row[column]) for row in rows], label=label, **look)
+    for column, label, color, width in zip(task.columns, ("training, with noise", "validation"), ("0.75", "C0"), (1.5, 3),
+                                           strict=True):
+        ax.plot(tokens, [float(row[column]) for row in rows], label=label, color=color, linewidth=width, marker=".")
     for name, bits in marks.items():
         ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
         ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
     ax.set(xlabel="tokens read by the population", ylabel=task.unit, title=title, xscale="log")
+    ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter=ticker.EngFormatter(sep=""),
+                 minor_formatter="")
     if marks:  # bits; an accuracy may be 0
         ax.set(yscale="log")
-        ax.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
-    ax.legend(frameon=False)
+        ax.yaxis.set(major_locator=ticker.LogLocator(subs=range(1, 10)), major_formatter="{x:g}")
+    fig.legend(frameon=False, loc="outside lower center", ncols=2)
     fig.savefig(out / "curve.png", dpi=200)
     print(f"curve {out / 'curve.png'}")
 
@@ -3051,14 +3039,11 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
 def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backend]) -> None:
     """Rebuild a run's weights from scores.bin, and from where it began: its seed, or the file of its --load.
 
-    They must be those of model.npz; where that has fewer steps, they are written to replayed.npz. Raises UserError.
+    They must be those of model.npz; where that has fewer steps, they are written to replayed.npz. Raises UserError and
+    OSError.
     """
     path, rebuilt = out / "model.npz", out / "replayed.npz"
-    try:
-        file = open(out / "scores.bin", "rb")  # noqa: SIM115 (closed below)
-    except OSError as e:
-        raise UserError(f"cannot read {out / 'scores.bin'} ({e.strerror}): give the folder of a training run") from None
-    with file:
+    with open(out / "scores.bin", "rb") as file:
         header, scores = read_scores(file)
         es, cfg, load = ES(**header["es"]), Config(**header["config"]), load or header["load"]
         model = load_model(Path(load)) if load else new_model(cfg, es.seed)
@@ -3079,10 +3064,7 @@ def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backen
     if saved and model.step < saved.step:
         raise UserError(f"{out / 'scores.bin'} ends before {path}, which has {saved.step} steps: use another copy")
     if not saved or model.step > saved.step:
-        try:
-            save_model(model, rebuilt)
-        except OSError as e:
-            raise UserError(f"cannot write {rebuilt} ({e.strerror}): make room, or mend it") from None
+        save_model(model, rebuilt)
         print(f"model {rebuilt}")
     print(f"weights sha256 {model.sha256()}")
 
@@ -3416,6 +3398,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as e:
         message, code = str(e), 2
+    except OSError as e:  # of any file that is not said more about
+        message, code = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or give another path", 2
     except KeyboardInterrupt:
         message, code = "stopped", 130
     if team.rank:
