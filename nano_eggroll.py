@@ -2339,7 +2339,7 @@ def load_run(out: Path) -> Model:
 
 
 class Growing:
-    """A file that only grows. A checkpoint notes its size and CRC-32; what came after that is cut off by --resume."""
+    """A file that only grows. A checkpoint notes its size and CRC-32; --resume cuts off what came after it."""
 
     def __init__(self, path: Path, size: int, check: int) -> None:
         """size, check: of the last checkpoint, 0 and 0 for a new file. Raises UserError, OSError."""
@@ -2362,7 +2362,7 @@ class Growing:
             self.file.truncate(size)
 
     def append(self, data: bytes) -> None:
-        """Raises OSError."""
+        """Write at its end; raises OSError unless all of it could be."""
         if self.file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.size, self.check = self.size + len(data), zlib.crc32(data, self.check)
@@ -2534,8 +2534,8 @@ SCALABLE = [(("att.receptance.weight", "att.key.weight", "att.value.weight", "at
             (("ffn.value.weight",), ("ffn.key.weight",), 2), (("att.output.weight",), ("att.g2",), 1),
             (("att.a2",), ("att.a1",), 1), (("att.v2",), ("att.v1",), 1),
             (("head.weight",), ("ln_out.weight", "ln_out.bias"), 1)]
-OUTLIER = 3  # how much larger than the median column's a column's absmax may be
-MOST = 16  # to be moved; the entries of a vector share one scale, and the small ones would vanish beside a huge one
+OUTLIER = 3  # times the median column's absmax is what a column may have; of 127 steps that leaves the others 42
+MOST = 16  # times is moved at most; the entries of a vector share one scale, where a huge one would leave the rest none
 
 
 def float_rows(p: Param, tensor: Stored) -> Iterator[tuple[slice, np.ndarray]]:
@@ -2546,7 +2546,7 @@ def float_rows(p: Param, tensor: Stored) -> Iterator[tuple[slice, np.ndarray]]:
         raise ValueError(f"{p.name} is {list(tensor.shape)} and should be {list(want)}")
     entries = tensor.read()
     rows = (entries.T if swapped else entries).reshape(p.out if p.cols else 1, -1)
-    some = max(1, 2**20 // rows.shape[1])
+    some = max(1, 2**20 // rows.shape[1])  # some MB at a time
     for i in range(0, len(rows), some):
         w = rows[i:i + some]
         w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
@@ -2601,7 +2601,7 @@ def load_official(path: Path) -> Model:
 
 
 def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int, team: Team = ALONE) -> float:
-    """Bits that it takes to predict a text (all its tokens but the first), in segments of T tokens from state zero."""
+    """Bits to predict a text (uint16 tokens, all but the first), in segments of T tokens, each from state zero."""
     whole = np.arange(team.rank * tokens, len(text) - tokens, team.size * tokens)
     total, rest = backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64), (len(text) - 1) % tokens
     if rest and not team.rank:
@@ -2813,7 +2813,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
     train, held = sums() if ask.task == "sums" else read_problems(Path(ask.task))
     held = held[:1000]
     reward = reward_function(ask.reward or ("near" if ask.task == "sums" else "exact"))
-    length = ask.length or (4 if ask.task == "sums" else 256)
+    length = ask.length or (4 if ask.task == "sums" else 256)  # 198 and a newline; some sentences
     stop = vocab.encode(ask.stop.encode(errors="surrogateescape")).tolist() if ask.stop else [vocab.end]
     if len(stop) != 1:
         raise UserError(f"--stop {ask.stop!r} is {len(stop)} tokens: give the text of a single one")
@@ -2970,6 +2970,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
                     "activations_lost": f"{crushed:.5f}", "equal_pairs": f"{equal:.5f}", "ignored_pairs": ignored}
             for cells in [line.values()] if files["log.csv"].size else [line, line.values()]:
                 files["log.csv"].append((",".join(map(str, cells)) + "\n").encode())
+            # The share of weights at their limit may be high from the start, with --load.
             for found, (name, (most, note)) in zip((limit, crushed, equal, ignored), GUARD_RAILS.items(), strict=True):
                 if found > most + so_far["limit"] * (name == "limit") and name not in so_far["warned"]:
                     so_far["warned"].append(name)
@@ -2981,7 +2982,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         nonlocal shown, val
         finite = np.isfinite(found)
         so_far["fitness"] += task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
-        so_far["steps"] += 1
+        so_far["steps"] += 1  # what follows is of pairs
         so_far["equal"] += int((found[::2] == found[1::2]).sum())
         so_far["ignored"] += int((~finite[::2] | ~finite[1::2]).sum())
         so_far["check"] = zlib.crc32(f.tobytes(), so_far["check"])
@@ -3039,8 +3040,7 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
 def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backend]) -> None:
     """Rebuild a run's weights from scores.bin, and from where it began: its seed, or the file of its --load.
 
-    They must be those of model.npz; where that has fewer steps, they are written to replayed.npz. Raises UserError and
-    OSError.
+    They must be those of model.npz; if that has fewer steps, they go to replayed.npz. Raises UserError and OSError.
     """
     path, rebuilt = out / "model.npz", out / "replayed.npz"
     with open(out / "scores.bin", "rb") as file:
@@ -3078,7 +3078,8 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
 
     Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
     """
-    model, T, P, text = new_model(cfg, 0), es.tokens, es.population, mix(np.arange(2**20)).astype(np.uint16) % cfg.vocab
+    model, T, P = new_model(cfg, 0), es.tokens, es.population
+    text = (mix(np.arange(2**20)) % cfg.vocab).astype(np.uint16)
     text.setflags(write=False)
     model.hold(backend.xp)
     few = min(P, max(2 * cores(), P // 32))  # where members share nothing, a few of them do
@@ -3098,20 +3099,17 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
         write(noise)
         backend.update(model, f, 0, 0, 1.0)
 
-    def naive(first: int, tokens: int, state: Any = None) -> None:
-        """Naive ES: +-1 for every weight of every member's matrices, written out anew in each call."""
-        if isinstance(backend, KernelBackend):
-            backend.score(model, text, start[:few] + first, tokens, noise, state, mode="naive")
-            return
-        for i in range(few):
-            own = model.q + signs(pair_keys(0, 0, np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
-            backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1] + first, tokens, still,
-                          None if state is None else state[i:i + 1])
-
-    def naive_writing() -> None:
+    def naive(tokens: int) -> None:
+        """Naive ES: +-1 for every weight of every member's matrices, written out anew for each so many tokens."""
         state[:] = 0
-        for t in range(T):
-            naive(t, 1, state)
+        for t in range(0, T, tokens):
+            if isinstance(backend, KernelBackend):
+                backend.score(model, text, start[:few] + t, tokens, noise, state, mode="naive")
+                continue
+            for i in range(few):
+                own = model.q + signs(pair_keys(0, 0, np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
+                backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1] + t, tokens, still,
+                              state[i:i + 1])
 
     ways: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {  # members, scoring, generation
         "inference, no perturbation": (P, lambda: read(still), lambda: write(still)),
@@ -3119,8 +3117,8 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
         "EGGROLL whole step": (P, lambda: es_step(model, backend, replace(es, steps=2**31), predict(text, T)),
                                whole_step_of_writing),
         "EGGROLL, one by one": (few, lambda: read(noise, few, 1), lambda: write(noise, few, 1)),
-        "naive ES forward": (few, lambda: naive(0, T), naive_writing)}
-    speeds: dict[tuple[str, bool], list[float]] = {(name, generated): [] for name in ways for generated in (False, True)}
+        "naive ES forward": (few, lambda: naive(T), lambda: naive(1))}
+    speeds = {key: list[float]() for key in itertools.product(ways, (0, 1))}  # 0 scoring, 1 generation
     rounds, began = -1, time.perf_counter()  # the first round warms up
     while rounds < 3 or (time.perf_counter() - began < least and rounds < 50):
         for key, speed in speeds.items():
@@ -3138,11 +3136,11 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
     for name in ways:
         print(f"{name:28}" + "".join("{:13,.0f} {:>22} {:7.4f}x".format(
             mid[key], f"[{low[key]:,.0f}, {high[key]:,.0f}]", mid[key] / mid["inference, no perturbation", key[1]])
-            for key in ((name, False), (name, True))))
-    ratio = [mid["EGGROLL forward", g] / mid["naive ES forward", g] for g in (False, True)]
+            for key in ((name, 0), (name, 1))))
+    ratio = [mid["EGGROLL forward", g] / mid["naive ES forward", g] for g in (0, 1)]
     print(f"EGGROLL / naive ES: {ratio[0]:.1f} in scoring, {ratio[1]:.1f} in generation (the paper, arXiv 2511.16652: "
           "EGGROLL 0.91 and naive ES 0.0041 of inference, 100 or more between them)")
-    rate, used, share = 2 * products * mid["EGGROLL forward", False], "", ""
+    rate, used, share = 2 * products * mid["EGGROLL forward", 0], "", ""
     if backend.name == "cuda":
         device = backend.xp.cuda.Device()
         peak = 1e3 * PEAK.get(device.compute_capability, 0) * device.attributes["MultiProcessorCount"] \
@@ -3170,7 +3168,7 @@ class Parser(argparse.ArgumentParser):
 
 
 SHAPE, PROBLEMS = ("dim", "layers", "head_size"), "--task sums or a file of problems"
-OPTIONS: dict[str, tuple[type, str]] = {
+OPTIONS: dict[str, tuple[type, str]] = {  # type and help, in brackets what is done without
     "data": (Path, "text; the last 10%% is for validation (data/tales.txt)"),
     "out": (Path, "folder of the model and its log (out, or out-2, ... where that is taken)"),
     "resume": (bool, "go on with the run in --out, with its own settings"),
@@ -3224,7 +3222,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare_out(out: Path | None) -> Path:
-    """A writable folder with no run in it."""
+    """A writable folder with no run in it; raises UserError."""
     files = "model.npz", "model.previous.npz", "log.csv", "scores.bin"
     for path in [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
         if not any((path / name).exists() and (path / name).stat().st_size for name in files):
