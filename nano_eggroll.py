@@ -3004,7 +3004,8 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
 
     try:
         if not team.rank:
-            files.update({name: Growing(out / name, *so_far[name]) for name in ("log.csv", "scores.bin")})
+            for name in "log.csv", "scores.bin":
+                files[name] = Growing(out / name, *so_far[name])
             if so_far.pop("from_previous", False):  # so that the next checkpoint does not replace it
                 os.replace(out / "model.previous.npz", out / "model.npz")
         if not so_far["check"]:
