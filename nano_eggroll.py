@@ -65,7 +65,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn
 
@@ -2500,12 +2500,7 @@ def safetensors(file: BinaryIO) -> dict[str, Stored]:
         end += dtype.itemsize * math.prod(shape)
         if t["data_offsets"] != [at - 8 - length, end - 8 - length]:
             raise ValueError(f"{name} is not where it should be")
-
-        def entries(at: int = at, end: int = end, dtype: np.dtype = dtype, shape: tuple = shape) -> np.ndarray:
-            file.seek(at)
-            return np.frombuffer(file.read(end - at), dtype).reshape(shape)
-
-        found[name] = Stored(shape, entries)
+        found[name] = Stored(shape, partial(np.memmap, file, dtype, "r", at, shape))  # type: ignore[call-overload]
     if end != size:
         raise ValueError(f"it is {size} bytes long, and should be {end}")
     return found
@@ -3168,7 +3163,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-SHAPE, PROBLEMS = ("dim", "layers", "head_size"), "--task sums or a file of problems"
+SHAPE = ("dim", "layers", "head_size")  # the options that are settings of a Config
 OPTIONS: dict[str, tuple[type, str]] = {  # type and help, in brackets what is done without
     "data": (Path, "text; the last 10%% is for validation (data/tales.txt)"),
     "out": (Path, "folder of the model and its log (out, or out-2, ... where that is taken)"),
@@ -3291,9 +3286,10 @@ def run(a: argparse.Namespace, team: Team) -> None:
         es, ask, data = ES(**extra["es"]), Asking(**extra["ask"]), a.data or Path(extra["data"])
         vocab_file = a.vocab or (extra["vocab"] and Path(extra["vocab"]))
     is_text = ask.task == "text"
+    problems = "--task sums or a file of problems"
     for fits, where, *names in ((is_text, "--task text", "data"), (sampling, "--sample", "top_p"),
-                                (not is_text, PROBLEMS, "reward", "group_size", "stop"),
-                                (sampling or not is_text, f"--sample, or {PROBLEMS}", "length", "temperature")):
+                                (not is_text, problems, "reward", "group_size", "stop"),
+                                (sampling or not is_text, f"--sample, or {problems}", "length", "temperature")):
         if not fits and (wrong := given.keys() & names):
             raise UserError(f"{option(min(wrong))} goes with {where}: leave it out, or add that")
     vocab = Vocab(vocab_file)
@@ -3335,10 +3331,10 @@ def run(a: argparse.Namespace, team: Team) -> None:
     files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
              "--vocab": vocab_file}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
-    if a.resume and hashes != model.extra["files"]:
-        changed = [f"{name} {files[name]}" for name in hashes if hashes[name] != model.extra["files"].get(name)]
-        raise UserError(f"{', '.join(changed)} is not what the run in {out} began with: put that back, or start a new "
-                        f"run from the old one's weights with --load {out / 'model.npz'}")
+    for name in hashes if a.resume else ():
+        if hashes[name] != model.extra["files"].get(name):
+            raise UserError(f"{name} {files[name]} is not what the run in {out} began with: put that back, or start a "
+                            f"new run from the old one's weights with --load {out / 'model.npz'}")
     marks = yardsticks(data, text, val_text) if is_text else {}
     if marks:
         print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
