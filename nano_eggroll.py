@@ -2141,6 +2141,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
+def note(text: str) -> None:
+    """Say something that is no error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def one_line(e: BaseException) -> str:
     """What an error says, in a line."""
     return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
@@ -2181,7 +2186,7 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
             if name:
                 raise
             if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
-                print(f"note: {e}; going on with {slower}", file=sys.stderr)
+                note(f"{e}; going on with {slower}")
     return NumpyBackend(cfg, rank)
 
 
@@ -2330,8 +2335,7 @@ def load_run(out: Path) -> Model:
             model = load_model(path.with_suffix(".previous.npz"))
         except UserError:
             raise UserError(f"{e}; where {out / 'scores.bin'} is whole, --replay {out} rebuilds the weights") from None
-        print(f"note: {str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}",
-              file=sys.stderr)
+        note(f"{str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}")
         model.extra["so_far"]["from_previous"] = True
     if "so_far" not in model.extra:
         raise UserError(f"{path} is not from a training run: use --load to start one from it")
@@ -2358,7 +2362,7 @@ class Growing:
             raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
                             f"--load {path.parent / 'model.npz'}")
         if more:
-            print(f"note: cutting {more} bytes off {path}, which were written after the checkpoint", file=sys.stderr)
+            note(f"cutting {more} bytes off {path}, which were written after the checkpoint")
             self.file.truncate(size)
 
     def append(self, data: bytes) -> None:
@@ -2391,8 +2395,7 @@ def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
             check = zlib.crc32(f, check)
             if check != int.from_bytes(own, "little") or len(own) < 4:
                 if f:
-                    print(f"note: {file.name} is torn or damaged after step {step}; what follows is left out",
-                          file=sys.stderr)
+                    note(f"{file.name} is torn or damaged after step {step}; what follows is left out")
                 return
             yield np.frombuffer(f, np.int8)
 
@@ -2789,8 +2792,7 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     """To predict a text; raises UserError where it is too short."""
     train, val = vocab.encode(text), vocab.encode(val_text)
     if min(len(val), len(train)) <= tokens:
-        raise UserError(f"the data has {len(text + val_text)} bytes, too few for --tokens {tokens}, which its last 10% "
-                        "must hold: use a longer text or fewer tokens")
+        raise UserError(f"{len(text + val_text)} bytes are too few for --tokens {tokens} in the last 10%: use more text")
     for a in train, val:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
@@ -2966,10 +2968,10 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
             for cells in [line.values()] if files["log.csv"].size else [line, line.values()]:
                 files["log.csv"].append((",".join(map(str, cells)) + "\n").encode())
             # The share of weights at their limit may be high from the start, with --load.
-            for found, (name, (most, note)) in zip((limit, crushed, equal, ignored), GUARD_RAILS.items(), strict=True):
+            for found, (name, (most, text)) in zip((limit, crushed, equal, ignored), GUARD_RAILS.items(), strict=True):
                 if found > most + so_far["limit"] * (name == "limit") and name not in so_far["warned"]:
                     so_far["warned"].append(name)
-                    print("note: " + note.format(found), file=sys.stderr)
+                    note(text.format(found))
         so_far.update(counts)
         checkpoint()
 
@@ -3018,9 +3020,8 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         if so_far["steps"]:
             checkpoint()
     except OSError as e:
-        where = "the terminal" if isinstance(e, BrokenPipeError) else out
-        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
-                        ) from None
+        what = f"{'the terminal' if isinstance(e, BrokenPipeError) else out} ({e.strerror})"
+        raise UserError(f"cannot write to {what}: mend that, then go on with --resume --out {out}") from None
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
@@ -3054,8 +3055,7 @@ def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backen
         for f in scores:
             move(model, engine, es, f)
             if saved and model.step == saved.step and model.sha256() != saved.sha256():
-                raise UserError(f"the weights of step {model.step} are not those of {path}: one of the files is not "
-                                "from this run")
+                raise UserError(f"the weights of step {model.step} are not those of {path}: give files of a single run")
     print(f"replayed {model.step} of {es.steps} steps")
     if saved and model.step < saved.step:
         raise UserError(f"{out / 'scores.bin'} ends before {path}, which has {saved.step} steps: use another copy")
@@ -3365,8 +3365,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
 
 def mpi() -> Any:
     """The communicator of the MPI job that this process is one of, or None; raises UserError."""
-    names = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
-    started = max(int(os.environ.get(name) or 1) for name in names)
+    started = max(int(os.environ.get(n) or 1) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
     if started == 1:
         return None
     try:
