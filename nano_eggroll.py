@@ -2390,14 +2390,12 @@ def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
 
     def steps() -> Iterator[np.ndarray]:
         check, size = zlib.crc32(line), header["es"]["population"] // 2
-        for step in itertools.count():
-            f, own = file.read(size), file.read(4)
-            check = zlib.crc32(f, check)
-            if check != int.from_bytes(own, "little") or len(own) < 4:
-                if f:
-                    note(f"{file.name} is torn or damaged after step {step}; what follows is left out")
+        for step, record in enumerate(iter(lambda: file.read(size + 4), b"")):
+            check = zlib.crc32(record[:size], check)
+            if record[size:] != check.to_bytes(4, "little"):
+                note(f"{file.name} is torn or damaged after step {step}; what follows is left out")
                 return
-            yield np.frombuffer(f, np.int8)
+            yield np.frombuffer(record[:size], np.int8)
 
     return header, steps()
 
@@ -3208,12 +3206,11 @@ def option(name: str) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; options that were not given are None. Raises UserError."""
     p = Parser(description=__doc__.split("\n\n")[0])
-    defaults = asdict(Config()) | asdict(ES()) | asdict(Asking())
+    defaults = asdict(ES()) | asdict(Asking()) | {name: getattr(Config(), name) for name in SHAPE}
     for name, (kind, text) in OPTIONS.items():
         more: dict[str, Any] = {"action": "store_const", "const": True} if kind is bool else {
             "type": kind, "metavar": "PATH" if kind is Path else "TEXT" if kind is str else "N"}
-        default = defaults.get(name) if name not in ("vocab", "freeze") else None
-        p.add_argument(option(name), help=text + (f" ({default})" if default else ""), **more)
+        p.add_argument(option(name), help=text + (f" ({defaults[name]})" if defaults.get(name) else ""), **more)
     return p.parse_args(argv)
 
 
