@@ -2348,15 +2348,14 @@ class Growing:
     def __init__(self, path: Path, size: int, check: int) -> None:
         """size, check: of the last checkpoint, 0 and 0 for a new file. Raises UserError, OSError."""
         self.file, self.size, self.check = open(path, "ab", buffering=0), size, check  # noqa: SIM115
-        with contextlib.suppress(ImportError):  # on Windows
+        try:
             import fcntl
 
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-            except BlockingIOError:
-                raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
-            except OSError:  # a file system without locks
-                pass
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
         more = self.file.seek(0, os.SEEK_END) - size
         if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
             raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
