@@ -2872,8 +2872,8 @@ def plot(out: Path, marks: dict[str, float], task: Task, title: str) -> None:
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
     fig, ax = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     tokens = [int(row["tokens"]) for row in rows]
-    for column, label, color, width in zip(task.columns, ("training, with noise", "validation"), ("0.75", "C0"), (1.5, 3),
-                                           strict=True):
+    for column, color, width in zip(task.columns, ("0.75", "C0"), (1.5, 3), strict=True):
+        label = column.replace("train_", "training ").replace("val_", "validation ")
         ax.plot(tokens, [float(row[column]) for row in rows], label=label, color=color, linewidth=width, marker=".")
     for name, bits in marks.items():
         ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
