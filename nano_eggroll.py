@@ -48,7 +48,7 @@ import json
 import math
 import operator
 import os
-import pickletools
+import pickle
 import platform
 import re
 import shutil
@@ -62,11 +62,11 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -2110,46 +2110,60 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
 # The method ends here. What follows: text, yardsticks, files of models, problems and rewards, training, command line.
 
 
-def cuda_device(local: int = 0) -> str:
-    """Name of the GPU that this machine's process number `local` is to use, from now on the current one.
+DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
 
-    Raises UserError where there is none, saying why.
-    """
+
+def printable(text: str) -> str:
+    """A text without what could change the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def note(text: str) -> None:
+    """Say something that is no error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def one_line(e: BaseException) -> str:
+    """What an error says, in a line."""
+    return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
+
+
+def cuda_device(local: int = 0) -> None:
+    """Make a GPU the current one, another for each process `local` of a machine; raises UserError, saying why not."""
     try:
         import cupy  # type: ignore
+
+        runtime = cupy.cuda.runtime
+        driver, needs = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000  # of CUDA 12.4: 12
+        if driver >= needs:
+            cupy.cuda.Device(local % runtime.getDeviceCount()).use()
     except ImportError as e:
         raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
-    try:
-        driver = cupy.cuda.runtime.driverGetVersion()
-        if not driver:
-            raise UserError("no NVIDIA driver was found: install one, or use --backend c")
-        if driver // 1000 < (needs := cupy.cuda.runtime.runtimeGetVersion()) // 1000:
-            raise UserError(f"the NVIDIA driver is for CUDA {driver // 1000}, CuPy for CUDA {needs // 1000}: update "
-                            f"it, pip install cupy-cuda{driver // 1000}x instead, or use --backend c")
-        device = local % cupy.cuda.runtime.getDeviceCount()
-        cupy.cuda.Device(device).use()
-        return cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
-    except UserError:
-        raise
-    except Exception as e:  # noqa: BLE001
+    except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
         raise cuda_trouble(e) from None
+    if not driver:
+        raise UserError("no NVIDIA driver was found: install one, or use --backend c")
+    if driver < needs:
+        raise UserError(f"the NVIDIA driver is for CUDA {driver}, CuPy for CUDA {needs}: update it, pip install "
+                        f"cupy-cuda{driver}x instead, or use --backend c")
 
 
 def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, local: int = 0) -> Backend:
-    """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy."""
-    for choice in [name] if name else ["cuda", "c", "numpy"]:
+    """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy. Raises UserError."""
+    builders = {"cuda": CudaLauncher, "c": lambda source: CLauncher(source, threads or cores())}
+    if name not in (None, "numpy", *builders):
+        raise UserError(f"there is no --backend {name}: choose numpy, c or cuda")
+    for choice, slower in ("cuda", "c"), ("c", "numpy, which is much slower"):
         try:
-            if choice == "cuda":
-                cuda_device(local)
-                return KernelBackend(cfg, rank, choice, CudaLauncher)
-            if choice == "c":
-                return KernelBackend(cfg, rank, choice, lambda source: CLauncher(source, threads or cores()))
+            if name in (None, choice):
+                if choice == "cuda":
+                    cuda_device(local)
+                return KernelBackend(cfg, rank, choice, builders[choice])
         except UserError as e:
             if name:
                 raise
             if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
-                slower = "c" if choice == "cuda" else "numpy, which is much slower"
-                print(f"note: {e}; going on with {slower}", file=sys.stderr)
+                note(f"{e}; going on with {slower}")
     return NumpyBackend(cfg, rank)
 
 
@@ -2295,10 +2309,7 @@ def yardsticks(path: Path, text: bytes, val_text: bytes) -> dict[str, float]:
 
 
 def save_model(model: Model, path: Path) -> None:
-    """Write model.npz (plain numpy arrays) whole or not at all; the one before stays, as model.previous.npz.
-
-    Raises OSError.
-    """
+    """Write model.npz whole or not at all; the one before stays, as model.previous.npz. Raises OSError."""
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
     arrays = {k: host(getattr(model, k)) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
     tmp = path.with_name(path.name + ".tmp")
@@ -2316,65 +2327,80 @@ def save_model(model: Model, path: Path) -> None:
 
 
 def load_model(path: Path) -> Model:
-    """Read model.npz, or an official checkpoint; raises UserError unless every byte is as it was written."""
-    if path.suffix.lower() in (".pth", ".safetensors"):
-        return load_official(path)
+    """Read model.npz, or an official checkpoint; raises UserError unless it is whole."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: give a model.npz that a training run wrote, or an official checkpoint")
+    official = path.suffix.lower() in (".pth", ".safetensors")
     try:
-        with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
-        if digest(arrays[k] for k in (*ARRAYS, "meta")) != arrays["check"].tobytes():
-            raise ValueError("its checksum is wrong")
-        meta = json.loads(arrays["meta"].tobytes())
-        q, scale, residual = (arrays[k] for k in ARRAYS)
-        m = Model(Config(**meta["config"]), q, scale, residual, meta["step"], meta["extra"])
-        size, rows, _ = m.cfg.sizes
-        if [(a.dtype, a.shape) for a in (m.q, m.scale, m.residual)] != [
-                (np.int8, (size,)), (np.float32, (rows,)), (np.int16, (size,))]:
+        return (load_official if official else load_own)(path)
+    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
+        what = "RWKV-7 checkpoint of torch >= 1.6" if official else "model.npz"
+        raise UserError(f"{path} is not a whole {what} ({one_line(e)}): use another copy") from None
+
+
+def load_own(path: Path) -> Model:
+    """Read model.npz; raises one or other exception unless every byte is as it was written."""
+    with np.load(path, allow_pickle=False) as z:
+        arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
+    if digest(arrays[k] for k in (*ARRAYS, "meta")) != arrays["check"].tobytes():
+        raise ValueError("its checksum is wrong")
+    meta = json.loads(arrays["meta"].tobytes())
+    cfg, (q, scale, residual) = Config(**meta["config"]), (arrays[k] for k in ARRAYS)
+    for a, dtype, size in (q, np.int8, cfg.sizes[0]), (scale, F32, cfg.sizes[1]), (residual, np.int16, cfg.sizes[0]):
+        if a.dtype != dtype or a.shape != (size,):
             raise ValueError("its arrays do not fit its configuration")
-        return m
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: give a model.npz that a training run wrote") from None
-    except Exception as e:  # noqa: BLE001 (a damaged zip file can raise almost anything)
-        raise UserError(f"{path} is not a whole model.npz ({e}): use another copy or train again") from None
+    return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
 
 
 def load_run(out: Path) -> Model:
     """The last whole checkpoint of a run; raises UserError."""
-    path, previous = out / "model.npz", out / "model.previous.npz"
+    path = out / "model.npz"
     try:
         model = load_model(path)
     except UserError as e:
         try:
-            model = load_model(previous)
+            model = load_model(path.with_suffix(".previous.npz"))
         except UserError:
             raise UserError(f"{e}; where {out / 'scores.bin'} is whole, --replay {out} rebuilds the weights") from None
-        print(f"note: {str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}",
-              file=sys.stderr)
+        note(f"{str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}")
         model.extra["so_far"]["from_previous"] = True
     if "so_far" not in model.extra:
         raise UserError(f"{path} is not from a training run: use --load to start one from it")
     return model
 
 
-def reopen(path: Path, size: int, check: int) -> BinaryIO:
-    """A file to append to, cut to what it held at a checkpoint: so many bytes of this CRC-32; raises UserError."""
-    file = open(path, "ab", buffering=0)  # noqa: SIM115 (its writer closes it)
-    try:
-        import fcntl
+class Growing:
+    """A file that only grows. A checkpoint notes its size and CRC-32; --resume cuts off what came after it."""
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-    except BlockingIOError:
-        raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    more = file.seek(0, os.SEEK_END) - size
-    if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
-        raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
-                        f"--load {path.parent / 'model.npz'}")
-    if more:
-        print(f"note: cutting {more} bytes off {path}, which were written after the checkpoint", file=sys.stderr)
-        file.truncate(size)
-    return file
+    def __init__(self, path: Path, size: int, check: int) -> None:
+        """size, check: of the last checkpoint, 0 and 0 for a new file. Raises UserError, OSError."""
+        self.file, self.size, self.check = open(path, "ab", buffering=0), size, check  # noqa: SIM115
+        try:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            pass
+        more = self.file.seek(0, os.SEEK_END) - size
+        if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
+            raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
+                            f"--load {path.parent / 'model.npz'}")
+        if more:
+            note(f"cutting {more} bytes off {path}, which were written after the checkpoint")
+            self.file.truncate(size)
+
+    def append(self, data: bytes) -> None:
+        """Write at its end; raises OSError unless all of it could be."""
+        if self.file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size, self.check = self.size + len(data), zlib.crc32(data, self.check)
+
+    def saved(self) -> tuple[int, int]:
+        """Its size and CRC-32, once it is on the disk."""
+        os.fsync(self.file.fileno())
+        return self.size, self.check
 
 
 def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
@@ -2390,15 +2416,12 @@ def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
 
     def steps() -> Iterator[np.ndarray]:
         check, size = zlib.crc32(line), header["es"]["population"] // 2
-        for step in itertools.count():
-            f, own = file.read(size), file.read(4)
-            check = zlib.crc32(f, check)
-            if check != int.from_bytes(own, "little") or len(own) < 4:
-                if f:
-                    print(f"note: {file.name} is torn or damaged after step {step}; what follows is left out",
-                          file=sys.stderr)
+        for step, record in enumerate(iter(lambda: file.read(size + 4), b"")):
+            check = zlib.crc32(record[:size], check)
+            if record[size:] != check.to_bytes(4, "little"):
+                note(f"{file.name} is torn or damaged after step {step}; what follows is left out")
                 return
-            yield np.frombuffer(f, np.int8)
+            yield np.frombuffer(record[:size], np.int8)
 
     return header, steps()
 
@@ -2410,73 +2433,37 @@ class Stored(NamedTuple):
     read: Callable[[], np.ndarray]  # its entries: float16, float32 or, for bfloat16, uint16
 
 
-DTYPES = {"torch BFloat16Storage": "<u2", "torch HalfStorage": "<f2", "torch FloatStorage": "<f4",
-          "BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}  # by their names in a .safetensors; numpy has no bfloat16
 
 
-def unpickle(data: bytes, tensor: Callable[..., Any]) -> Any:
-    """What torch.save pickled, as plain data; tensor(storage, offset, shape, strides, ...) makes the tensors.
+class Named(dict):
+    """Tensors by name: a key that is no string, and might take for ever to hash, is refused."""
 
-    Interprets just the opcodes that tensors need. What the file names is never imported, but known or refused.
-    """
-    known: dict[str, Callable[..., Any]] = {
-        "collections OrderedDict": lambda: {},  # noqa: PIE807 (dict would take arguments)
-        "torch._utils _rebuild_tensor_v2": tensor,
-        "torch._utils _rebuild_parameter": lambda data, needs_gradient, hooks: data}
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
+    def __setitem__(self, name: Any, value: Any) -> None:
+        """As of any dict."""
+        if type(name) is not str:
+            raise ValueError("the name of a tensor is not a string")
+        super().__setitem__(name, value)
 
-    def pop(count: int | None = None) -> list[Any]:
-        """The last items of the stack: so many, or those since the last mark."""
-        at = marks.pop() if count is None else len(stack) - count
-        if at < 0:
-            raise ValueError("its stack is empty")
-        items = stack[at:]
-        del stack[at:]
-        return items
 
-    for op, arg, _ in pickletools.genops(data):
-        match op.name:
-            case "PROTO" | "FRAME" | "BINPERSID":  # a storage's persistent id, a tuple, stands for it
-                pass
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
-                stack.append(arg)
-            case "NEWFALSE" | "NEWTRUE" | "NONE":
-                stack.append(None)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(pop()))
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(pop("E123".index(op.name[-1]))))
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[int(arg or 0)])
-            case "GLOBAL" | "STACK_GLOBAL":
-                name = arg or " ".join(pop(2))
-                if name not in known and name not in DTYPES:
-                    raise ValueError(f"it asks for {name.replace(' ', '.')}, which no tensor needs")
-                stack.append(name)
-            case "REDUCE":
-                name, args = pop(2)
-                if type(name) is not str or name not in known:
-                    raise ValueError("it calls what is no function")
-                stack.append(known[name](*args))
-            case "BUILD":  # torch's remarks on the versions of modules
-                pop(1)
-            case "SETITEM" | "SETITEMS":
-                items = pop(2 if op.name == "SETITEM" else None)
-                if any(type(key) is not str for key in items[::2]):
-                    raise ValueError("the name of a tensor is not a string")
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "STOP":
-                return stack.pop()
-            case other:
-                raise ValueError(f"its pickle has the opcode {other}, which no tensor needs")
+class Unpickler(pickle._Unpickler):
+    """Python's own, less all opcodes but those that tensors need: it imports nothing, and calls only what is `known`."""
+
+    known: dict[str, Any]  # what stands for each module.name that may be asked for
+    opcodes = ("PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE "
+               "TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS "
+               "GLOBAL STACK_GLOBAL REDUCE")
+    dispatch: ClassVar[dict[int, Callable[[Any], Any]]] = {
+        code: pickle._Unpickler.dispatch[code] for code in [getattr(pickle, name)[0] for name in opcodes.split()]}
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Named())
+    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()  # torch's remarks on the versions of modules
+    dispatch[pickle.BINPERSID[0]] = lambda self: None  # a storage's id, a tuple, stands for it
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Known, or refused; never imported."""
+        if f"{module}.{name}" not in self.known:
+            raise ValueError(f"it asks for {module}.{name}, which no tensor needs")
+        return self.known[f"{module}.{name}"]
 
 
 def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
@@ -2492,11 +2479,9 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
         return archive.read(root + name)
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
-        match storage:
-            case ("storage", str(kind), str(key), str(), int(length)) if kind in DTYPES:
-                dtype = np.dtype(DTYPES[kind])
-            case _:
-                raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
+        _, dtype, key, _, length = storage
+        if not isinstance(dtype, np.dtype) or type(key) is not str:
+            raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
         numbers = (length, offset, *shape, *strides)
         if len(numbers) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in numbers):
             raise ValueError("the shape of a tensor is not one of an RWKV-7")
@@ -2514,7 +2499,12 @@ def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
 
     if f"{root}byteorder" in archive.namelist() and read("byteorder") != b"little":
         raise ValueError("its numbers are big-endian")
-    return unpickle(read("data.pkl"), tensor)
+    unpickler = Unpickler(io.BytesIO(read("data.pkl")))
+    unpickler.known = {f"torch.{name}Storage": np.dtype(dtype)
+                       for name, dtype in zip(("BFloat16", "Half", "Float"), DTYPES.values(), strict=True)}
+    unpickler.known |= {"collections.OrderedDict": lambda: Named(), "torch._utils._rebuild_tensor_v2": tensor,
+                        "torch._utils._rebuild_parameter": lambda data, needs_gradient, hooks: data}
+    return unpickler.load()
 
 
 def safetensors(file: BinaryIO) -> dict[str, Stored]:
@@ -2529,7 +2519,7 @@ def safetensors(file: BinaryIO) -> dict[str, Stored]:
     found, end = {}, 8 + length
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         kind, shape, at = t["dtype"], tuple(t["shape"]), end
-        if kind not in ("BF16", "F16", "F32"):
+        if kind not in DTYPES:
             raise ValueError(f"{name} is neither bfloat16 nor float16 nor float32")
         if len(shape) > 3 or any(type(n) is not int or not 0 <= n < 2**40 for n in (*shape, *t["data_offsets"])):
             raise ValueError(f"the shape of {name} is not one of an RWKV-7")
@@ -2537,12 +2527,7 @@ def safetensors(file: BinaryIO) -> dict[str, Stored]:
         end += dtype.itemsize * math.prod(shape)
         if t["data_offsets"] != [at - 8 - length, end - 8 - length]:
             raise ValueError(f"{name} is not where it should be")
-
-        def entries(at: int = at, end: int = end, dtype: np.dtype = dtype, shape: tuple = shape) -> np.ndarray:
-            file.seek(at)
-            return np.frombuffer(file.read(end - at), dtype).reshape(shape)
-
-        found[name] = Stored(shape, entries)
+        found[name] = Stored(shape, partial(np.memmap, file, dtype, "r", at, shape))  # type: ignore[call-overload]
     if end != size:
         raise ValueError(f"it is {size} bytes long, and should be {end}")
     return found
@@ -2571,8 +2556,25 @@ SCALABLE = [(("att.receptance.weight", "att.key.weight", "att.value.weight", "at
             (("ffn.value.weight",), ("ffn.key.weight",), 2), (("att.output.weight",), ("att.g2",), 1),
             (("att.a2",), ("att.a1",), 1), (("att.v2",), ("att.v1",), 1),
             (("head.weight",), ("ln_out.weight", "ln_out.bias"), 1)]
-OUTLIER = 3  # how much larger than the median column's a column's absmax may be
-MOST = 16  # to be moved; the entries of a vector share one scale, and the small ones would vanish beside a huge one
+OUTLIER = 3  # times the median column's absmax is what a column may have; of 127 steps that leaves the others 42
+MOST = 16  # times is moved at most; the entries of a vector share one scale, where a huge one would leave the rest none
+
+
+def float_rows(p: Param, tensor: Stored) -> Iterator[tuple[slice, np.ndarray]]:
+    """A tensor, some rows at a time: which, and float32 [n, cols]; a vector is a row. Raises ValueError."""
+    swapped = re.search(r"\.att\.[wavg][12]$", p.name)  # as official files are
+    want = ((p.cols, p.out) if swapped else (p.out, p.cols)) if p.cols else (p.out,)
+    if (tensor.shape if p.cols else (math.prod(tensor.shape),)) != want:  # a vector may be [1, 1, D], and r_k is [H, N]
+        raise ValueError(f"{p.name} is {list(tensor.shape)} and should be {list(want)}")
+    entries = tensor.read()
+    rows = (entries.T if swapped else entries).reshape(p.out if p.cols else 1, -1)
+    some = max(1, 2**20 // rows.shape[1])  # some MB at a time
+    for i in range(0, len(rows), some):
+        w = rows[i:i + some]
+        w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
+        if not (np.abs(w) < 1e30).all():  # so neither is NaN
+            raise ValueError(f"{p.name} has entries that are too large or not finite")
+        yield slice(i, i + len(w)), w
 
 
 def load_official(path: Path) -> Model:
@@ -2580,63 +2582,40 @@ def load_official(path: Path) -> Model:
 
     An outlying column would leave few int8 steps for the others, so its size goes where the input comes from, if it can
     (as in SmoothQuant, arXiv 2211.10438): the function stays the same. Holds one tensor at a time besides the int8
-    model. Raises UserError unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no other.
+    model. Raises one or other exception unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no
+    other.
     """
-    try:
-        with open(path, "rb") as file:
-            tensors = pth_tensors(file) if path.suffix.lower() == ".pth" else safetensors(file)
-            if any(not isinstance(t, Stored) for t in tensors.values()):
-                raise ValueError("it holds more than tensors")
-            m = empty_model(official_config(tensors))
-            params = m.cfg.params
-            extra = set(tensors) - set(params) - {f"blocks.0.att.v{i}" for i in range(3)}  # some have these unused
-            for names, what in (set(params) - set(tensors), "lacks"), (extra, "has"):
-                if names:
-                    raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
-
-            def parts(p: Param) -> Iterator[tuple[slice, np.ndarray]]:
-                """Some rows at a time: which, and float32 [n, cols]; a vector is a row."""
-                transposed = re.search(r"\.att\.[wavg][12]$", p.name)
-                want = ((p.cols, p.out) if transposed else (p.out, p.cols)) if p.cols else (p.out,)
-                shape = tensors[p.name].shape
-                if (shape if p.cols else (math.prod(shape),)) != want:  # a vector may be [1, 1, D], and r_k is [H, N]
-                    raise ValueError(f"{p.name} is {list(shape)} and should be {list(want)}")
-                entries = tensors[p.name].read()
-                rows = (entries.T if transposed else entries).reshape(p.out if p.cols else 1, -1)
-                some = max(1, 2**20 // rows.shape[1])
-                for i in range(0, len(rows), some):
-                    w = rows[i:i + some]
-                    w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
-                    if not (np.abs(w) < 1e30).all():  # so neither is NaN
-                        raise ValueError(f"{p.name} has entries that are too large or not finite")
-                    yield slice(i, i + len(w)), w
-
-            excess: dict[str, np.ndarray] = {}  # of each column of a matrix
-            for name, p in params.items():
-                if p.cols:
-                    top = np.max([np.abs(w).max(0) for _, w in parts(p)], 0)
-                    excess[name] = np.clip(top / (OUTLIER * np.median(top) or math.inf), 1, MOST)
-            shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
-            for readers, sources, power in SCALABLE:
-                for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
-                    if at := [b + n for n in readers if b + n in params]:
-                        factor = np.max([excess[n] for n in at], 0).astype(F32)
-                        shrink |= dict.fromkeys(at, factor)
-                        grow |= {b + n: factor ** F32(1 / power) for n in sources}
-            for name, p in params.items():
-                by_row, q = grow.get(name, np.ones(p.out, F32)), m.weight(name).reshape(p.out if p.cols else 1, -1)
-                for rows, w in parts(p):
-                    w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
-                    top = np.abs(w).max(1, keepdims=True)
-                    scale = np.where(top > 1e-30, top, F32(1)) / F32(127)
-                    q[rows] = np.rint(w / scale)
-                    m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
-            return m
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: give the path of a checkpoint") from None
-    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        raise UserError(f"{path} is not a whole RWKV-7 checkpoint of torch >= 1.6 ({one_line(e)}): download it again"
-                        ) from None
+    with open(path, "rb") as file:
+        tensors = pth_tensors(file) if path.suffix.lower() == ".pth" else safetensors(file)
+        if any(not isinstance(t, Stored) for t in tensors.values()):
+            raise ValueError("it holds more than tensors")
+        m = empty_model(official_config(tensors))
+        params = m.cfg.params
+        extra = set(tensors) - set(params) - {f"blocks.0.att.v{i}" for i in range(3)}  # some have these unused
+        for names, what in (set(params) - set(tensors), "lacks"), (extra, "has"):
+            if names:
+                raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
+        excess: dict[str, np.ndarray] = {}  # of each column of a matrix
+        for name, p in params.items():
+            if p.cols:
+                top = np.max([np.abs(w).max(0) for _, w in float_rows(p, tensors[name])], 0)
+                excess[name] = np.clip(top / (OUTLIER * np.median(top) or math.inf), 1, MOST)
+        shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
+        for readers, sources, power in SCALABLE:
+            for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
+                if at := [b + n for n in readers if b + n in params]:
+                    factor = np.max([excess[n] for n in at], 0).astype(F32)
+                    shrink |= dict.fromkeys(at, factor)
+                    grow |= {b + n: factor ** F32(1 / power) for n in sources}
+        for name, p in params.items():
+            by_row, q = grow.get(name, np.ones(p.out, F32)), m.weight(name).reshape(p.out if p.cols else 1, -1)
+            for rows, w in float_rows(p, tensors[name]):
+                w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
+                top = np.abs(w).max(1, keepdims=True)
+                scale = np.where(top > 1e-30, top, F32(1)) / F32(127)
+                q[rows] = np.rint(w / scale)
+                m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
+        return m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2644,7 +2623,7 @@ def load_official(path: Path) -> Model:
 
 
 def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int, team: Team = ALONE) -> float:
-    """Bits that it takes to predict a text (all its tokens but the first), in segments of T tokens from state zero."""
+    """Bits to predict a text (uint16 tokens, all but the first), in segments of T tokens, each from state zero."""
     whole = np.arange(team.rank * tokens, len(text) - tokens, team.size * tokens)
     total, rest = backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64), (len(text) - 1) % tokens
     if rest and not team.rank:
@@ -2687,16 +2666,6 @@ def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *arg
     print("\n---")
 
 
-def printable(text: str) -> str:
-    """A text without what could change the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
-def one_line(e: BaseException) -> str:
-    """What an error says, in a line."""
-    return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems with answers that a function can check
 
@@ -2710,10 +2679,11 @@ class Problem(NamedTuple):
 
 def sums() -> tuple[list[Problem], list[Problem]]:
     """All additions of two numbers below 100: those to train on and, held out, one in ten."""
-    both = [Problem(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
-    unordered = np.array([min(a, b) * 100 + max(a, b) for a in range(100) for b in range(100)])  # so 2+1 goes with 1+2
-    out = mix(unordered + 1) % 10 == 0
-    return [p for p, o in zip(both, out, strict=True) if not o], [p for p, o in zip(both, out, strict=True) if o]
+    found: tuple[list[Problem], list[Problem]] = [], []
+    for a, b in itertools.product(range(100), repeat=2):
+        out = mix(min(a, b) * 100 + max(a, b) + 1) % 10 == 0  # 2+1 goes with 1+2
+        found[bool(out)].append(Problem(f"{a}+{b}=", str(a + b)))
+    return found
 
 
 def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
@@ -2827,13 +2797,6 @@ class Asking:
     temperature: float = 0.0
     stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
 
-    def __post_init__(self) -> None:
-        """Check; raises UserError."""
-        if self.temperature and not 0.001 <= self.temperature <= 100:
-            raise UserError(f"--temperature {self.temperature} is out of range: choose 0, or 0.001 to 100")
-        if self.length < 0:
-            raise UserError(f"--length {self.length} is out of range: choose 1 or more")
-
 
 @dataclass
 class Task:
@@ -2844,7 +2807,7 @@ class Task:
     sample: Callable[[Model, Backend], None]  # prints something that the model writes
     shown: Callable[[float], float]  # a mean fitness as the figure that is shown
     unit: str  # of both figures
-    columns: str  # their names in log.csv
+    columns: tuple[str, str]  # their names in log.csv
     tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
     text: np.ndarray  # some tokens, uint16, to see how the model does, see `lost`
 
@@ -2853,16 +2816,15 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     """To predict a text; raises UserError where it is too short."""
     train, val = vocab.encode(text), vocab.encode(val_text)
     if min(len(val), len(train)) <= tokens:
-        raise UserError(f"the data has {len(text + val_text)} bytes, too few for --tokens {tokens}, which its last 10% "
-                        "must hold: use a longer text or fewer tokens")
+        raise UserError(f"{len(text + val_text)} bytes are too few for --tokens {tokens} in the last 10%: use more text")
     for a in train, val:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
     return Task(predict(train, tokens),
                 lambda model, backend, team=ALONE: evaluate(model, backend, val, tokens, team) / size,
                 lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
-                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte", "train_bits,val_bits",
-                tokens, val[:32])
+                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte",
+                ("train_bits", "val_bits"), tokens, val[:32])
 
 
 def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
@@ -2872,7 +2834,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
     train, held = sums() if ask.task == "sums" else read_problems(Path(ask.task))
     held = held[:1000]
     reward = reward_function(ask.reward or ("near" if ask.task == "sums" else "exact"))
-    length = ask.length or (4 if ask.task == "sums" else 256)
+    length = ask.length or (4 if ask.task == "sums" else 256)  # 198 and a newline; some sentences
     stop = vocab.encode(ask.stop.encode(errors="surrogateescape")).tolist() if ask.stop else [vocab.end]
     if len(stop) != 1:
         raise UserError(f"--stop {ask.stop!r} is {len(stop)} tokens: give the text of a single one")
@@ -2916,7 +2878,7 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
         for p, answer in zip(held, held_out(model, backend, held[:5]), strict=False):
             print(printable(f"{p.prompt}{answer}   (answer: {p.answer})"))
 
-    return Task(fitness, validate, sample, float, "accuracy", "train_reward,val_accuracy",
+    return Task(fitness, validate, sample, float, "accuracy", ("train_reward", "val_accuracy"),
                 sum(len(encoded[p.prompt]) for p in train) // len(train) + length,
                 np.array([token for p in held[:32] for token in encoded[p.prompt]][:32], np.uint16))
 
@@ -2925,26 +2887,32 @@ def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
 # Training and measuring
 
 
-def plot(out: Path, marks: dict[str, float], task: Task) -> None:
-    """Draw out/log.csv as out/curve.png, with the yardsticks as lines."""
+def plot(out: Path, marks: dict[str, float], task: Task, title: str) -> None:
+    """Draw out/log.csv as out/curve.png (1800 x 1100 pixels), with the yardsticks as lines; needs matplotlib."""
     import matplotlib  # type: ignore
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # type: ignore
+    from matplotlib import pyplot, ticker  # type: ignore
 
-    with open(out / "log.csv") as f:
+    with open(out / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    fig, ax = plt.subplots(figsize=(8, 5))
-    tokens = [int(r["tokens"]) for r in rows]
-    for column, color, label in zip(task.columns.split(","), ("0.7", "C0"), ("training (with noise)", "validation"),
-                                    strict=True):
-        ax.plot(tokens, [float(r[column]) for r in rows], color=color, label=label)
+    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
+    fig, ax = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    tokens = [int(row["tokens"]) for row in rows]
+    for column, color, width in zip(task.columns, ("0.75", "C0"), (1.5, 3), strict=True):
+        label = column.replace("train_", "training ").replace("val_", "validation ")
+        ax.plot(tokens, [float(row[column]) for row in rows], label=label, color=color, linewidth=width, marker=".")
     for name, bits in marks.items():
-        ax.axhline(bits, color="0.5", linewidth=0.8, linestyle=":")
-        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", fontsize=8, transform=ax.get_yaxis_transform())
-    ax.set(xlabel="tokens read by the population", ylabel=task.unit, xscale="log", title="nano_eggroll")
-    ax.legend()
-    fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
+        ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
+        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
+    ax.set(xlabel="tokens read by the population", ylabel=task.unit, title=title, xscale="log")
+    ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter=ticker.EngFormatter(sep=""),
+                 minor_formatter="")
+    if marks:  # bits; an accuracy may be 0
+        ax.set(yscale="log")
+        ax.yaxis.set(major_locator=ticker.LogLocator(subs=range(1, 10)), major_formatter="{x:g}")
+    fig.legend(frameon=False, loc="outside lower center", ncols=2)
+    fig.savefig(out / "curve.png", dpi=200)
     print(f"curve {out / 'curve.png'}")
 
 
@@ -2968,89 +2936,85 @@ def lost(model: Model, text: np.ndarray) -> float:
     return gone / max(some, 1)
 
 
+GUARD_RAILS = {  # how much of something is too much in a row of the log, and what is said then, once in a run
+    "limit": (0.02, "{:.1%} of the weights are at +-127 and cannot grow any more: use less --lr"),  # more than at first
+    "lost": (0.5, "{:.0%} of the activations are rounded to 0, since a few are very large: use less --lr or --sigma"),
+    "equal": (0.95, "{:.0%} of the pairs had equal fitness, which teaches nothing: use more --sigma or --temperature, or "
+              + "a reward with partial credit"),
+    "ignored": (0, "{} pairs had a fitness that is no finite number and were left out: correct the reward"),
+}
+
+
 def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: Team = ALONE) -> float:
     """Train from model.step to es.steps, return the figure of the last validation.
 
     Writes to `out`: log.csv at every validation, scores.bin (see `read_scores`) at every step, and a checkpoint at
     every validation and every 30 seconds, whose model.extra["so_far"] says how much of these files it goes with.
+    Raises UserError where it cannot write, and where it was stopped.
     """
-    every = max(1, es.steps // 20)  # steps between validations
-    so_far = model.extra.setdefault("so_far", {
-        "seconds": 0.0, "log.csv": (0, 0), "scores.bin": (0, 0), "check": 0, "limit": at_limit(model), "warned": [],
-        "fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0})  # the last four since the last row of the log
-    files = dict[str, BinaryIO]()
-    stop: list[int] = []
-    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    counts = {"fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0}  # since the last row of the log
+    so_far = model.extra.setdefault("so_far", {"seconds": 0.0, "log.csv": (0, 0), "scores.bin": (0, 0), "check": 0,
+                                               "limit": at_limit(model), "warned": [], **counts})
+    every, per_step = max(1, es.steps // 20), es.population * task.tokens  # steps between validations; tokens
     live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
-    per_step, first, before = es.population * task.tokens, model.step, so_far["seconds"]
+    files, stop = dict[str, Growing](), list[int]()
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     began = saved = shown = time.monotonic()
-    val = math.nan
+    before, first, val = so_far["seconds"], model.step, math.nan
 
-    def append(name: str, data: bytes) -> None:
-        if not team.rank:
-            if files[name].write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            size, check = so_far[name]
-            so_far[name] = size + len(data), zlib.crc32(data, check)
-
-    def checkpoint() -> None:
-        nonlocal saved
-        team.complete(model, backend)
-        so_far["seconds"] = before + time.monotonic() - began
-        if not team.rank:
-            for file in files.values():
-                os.fsync(file.fileno())
-            save_model(model, out / "model.npz")
-        team.either()  # nobody goes on, or ends the job, before it is written
-        saved = time.monotonic()
-
-    def warn(name: str, trouble: bool, message: str) -> None:
-        if trouble and name not in so_far["warned"]:
-            so_far["warned"].append(name)
-            print(f"note: {message}", file=sys.stderr)
+    def seconds() -> float:
+        return before + time.monotonic() - began
 
     def speed() -> float:
-        return (model.step - first) * per_step / (time.monotonic() - began)
-
-    def row() -> None:
-        """Validation, a row of the log and a checkpoint."""
-        nonlocal val
-        val = task.validate(model, backend, team)
-        if not team.rank:
-            limit, crushed, steps = at_limit(model), lost(model, task.text), so_far["steps"]
-            equal, ignored = so_far["equal"] / (steps * es.population / 2), so_far["ignored"]
-            append("log.csv", f"{model.step},{before + time.monotonic() - began:.2f},{model.step * per_step},"
-                   f"{so_far['fitness'] / steps:.4f},{val:.4f},{speed():.0f},{limit:.5f},{crushed:.5f},{equal:.5f},"
-                   f"{ignored}\n".encode())
-            warn("limit", limit > so_far["limit"] + 0.02, f"{limit:.1%} of the weights are at +-127 and cannot "
-                 "grow any more: use less --lr")
-            warn("lost", crushed > 0.5, f"{crushed:.0%} of the activations are rounded to 0, since a few are very "
-                 "large: use less --lr or --sigma")
-            warn("equal", equal > 0.95, f"{equal:.0%} of the pairs had equal fitness, which teaches nothing: use more "
-                 "--sigma, a --temperature, or a reward with partial credit")
-            warn("ignored", ignored > 0, f"{ignored} pairs had a fitness that is no finite number and were left out: "
-                 "correct the reward")
-        so_far.update(fitness=0.0, steps=0, equal=0, ignored=0)
-        checkpoint()
+        return (model.step - first) * per_step / (seconds() - before)
 
     def due() -> bool:
         return model.step % every == 0 or model.step == es.steps
 
+    def checkpoint() -> None:
+        nonlocal saved
+        team.complete(model, backend)
+        if not team.rank:
+            so_far.update({name: file.saved() for name, file in files.items()}, seconds=seconds())
+            save_model(model, out / "model.npz")
+        team.either()  # nobody goes on, or ends the job, before it is written
+        saved = time.monotonic()
+
+    def row() -> None:
+        """Write a row of the log, a checkpoint and, once each, what goes wrong."""
+        if not team.rank:
+            limit, crushed, ignored = at_limit(model), lost(model, task.text), so_far["ignored"]
+            equal = so_far["equal"] / (so_far["steps"] * es.population / 2)
+            line = {"step": model.step, "seconds": f"{seconds():.2f}", "tokens": model.step * per_step,
+                    task.columns[0]: f"{so_far['fitness'] / so_far['steps']:.4f}", task.columns[1]: f"{val:.4f}",
+                    "tokens_per_s": f"{speed():.0f}", "weights_at_limit": f"{limit:.5f}",
+                    "activations_lost": f"{crushed:.5f}", "equal_pairs": f"{equal:.5f}", "ignored_pairs": ignored}
+            for cells in [line.values()] if files["log.csv"].size else [line, line.values()]:
+                files["log.csv"].append((",".join(map(str, cells)) + "\n").encode())
+            # The share of weights at their limit may be high from the start, with --load.
+            for found, (name, (most, text)) in zip((limit, crushed, equal, ignored), GUARD_RAILS.items(), strict=True):
+                if found > most + so_far["limit"] * (name == "limit") and name not in so_far["warned"]:
+                    so_far["warned"].append(name)
+                    note(text.format(found))
+        so_far.update(counts)
+        checkpoint()
+
     def report(found: np.ndarray, f: np.ndarray) -> bool:
-        nonlocal shown
+        nonlocal shown, val
         finite = np.isfinite(found)
-        mean = task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
-        so_far["fitness"] += mean
-        so_far["steps"] += 1
+        so_far["fitness"] += task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
+        so_far["steps"] += 1  # what follows is of pairs
         so_far["equal"] += int((found[::2] == found[1::2]).sum())
         so_far["ignored"] += int((~finite[::2] | ~finite[1::2]).sum())
         so_far["check"] = zlib.crc32(f.tobytes(), so_far["check"])
-        append("scores.bin", f.tobytes() + so_far["check"].to_bytes(4, "little"))
-        stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
+        if not team.rank:
+            files["scores.bin"].append(f.tobytes() + so_far["check"].to_bytes(4, "little"))
         mean = so_far["fitness"] / so_far["steps"]
+        stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
         if late:
             checkpoint()
         if due():
+            val = task.validate(model, backend, team)
             row()
         if due() or (live and time.monotonic() - shown > 0.2):
             shown, left = time.monotonic(), int((es.steps - model.step) * per_step / speed())
@@ -3060,36 +3024,33 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
         return stopping
 
     try:
-        for name in () if team.rank else ("log.csv", "scores.bin"):
-            files[name] = reopen(out / name, *so_far[name])
-        if so_far.pop("from_previous", False) and not team.rank:  # so that the next checkpoint does not replace it
-            os.replace(out / "model.previous.npz", out / "model.npz")
-        if not so_far["log.csv"][0]:
+        if not team.rank:
+            for name in "log.csv", "scores.bin":
+                files[name] = Growing(out / name, *so_far[name])
+            if so_far.pop("from_previous", False):  # so that the next checkpoint does not replace it
+                os.replace(out / "model.previous.npz", out / "model.npz")
+        if not so_far["check"]:
             checkpoint()  # so that it can go on, whatever happens
-            columns = f"step,seconds,tokens,{task.columns},tokens_per_s,weights_at_limit,activations_lost,equal_pairs"
-            append("log.csv", f"{columns},ignored_pairs\n".encode())
-            load = model.extra.get("origin", {}).get("load")
-            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": load,
+            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra["origin"]["load"],
                                  "start": model.sha256(*ARRAYS)}).encode() + b"\n"
             so_far["check"] = zlib.crc32(header)
-            append("scores.bin", header + so_far["check"].to_bytes(4, "little"))
+            if not team.rank:
+                files["scores.bin"].append(header + so_far["check"].to_bytes(4, "little"))
+        val = task.validate(model, backend, team)
         if so_far["steps"] and due():
             row()  # which it had not come to
-        else:
-            val = task.validate(model, backend, team)
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
         evolve(model, task.fitness, es, backend, report, team)
         if so_far["steps"]:
             checkpoint()
     except OSError as e:
-        where = "the terminal" if isinstance(e, BrokenPipeError) else out
-        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
-                        ) from None
+        what = f"{'the terminal' if isinstance(e, BrokenPipeError) else out} ({e.strerror})"
+        raise UserError(f"cannot write to {what}: mend that, then go on with --resume --out {out}") from None
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
         for file in files.values():
-            file.close()
+            file.file.close()
         if live:
             print()
     if model.step < es.steps:
@@ -3100,14 +3061,10 @@ def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: T
 def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backend]) -> None:
     """Rebuild a run's weights from scores.bin, and from where it began: its seed, or the file of its --load.
 
-    They must be those of model.npz; where that has fewer steps, they are written to replayed.npz. Raises UserError.
+    They must be those of model.npz; if that has fewer steps, they go to replayed.npz. Raises UserError and OSError.
     """
     path, rebuilt = out / "model.npz", out / "replayed.npz"
-    try:
-        file = open(out / "scores.bin", "rb")  # noqa: SIM115 (closed below)
-    except OSError as e:
-        raise UserError(f"cannot read {out / 'scores.bin'} ({e.strerror}): give the folder of a training run") from None
-    with file:
+    with open(out / "scores.bin", "rb") as file:
         header, scores = read_scores(file)
         es, cfg, load = ES(**header["es"]), Config(**header["config"]), load or header["load"]
         model = load_model(Path(load)) if load else new_model(cfg, es.seed)
@@ -3122,30 +3079,14 @@ def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backen
         for f in scores:
             move(model, engine, es, f)
             if saved and model.step == saved.step and model.sha256() != saved.sha256():
-                raise UserError(f"the weights of step {model.step} are not those of {path}: one of the files is not "
-                                "from this run")
+                raise UserError(f"the weights of step {model.step} are not those of {path}: give files of a single run")
     print(f"replayed {model.step} of {es.steps} steps")
     if saved and model.step < saved.step:
         raise UserError(f"{out / 'scores.bin'} ends before {path}, which has {saved.step} steps: use another copy")
     if not saved or model.step > saved.step:
-        try:
-            save_model(model, rebuilt)
-        except OSError as e:
-            raise UserError(f"cannot write {rebuilt} ({e.strerror}): make room, or mend it") from None
+        save_model(model, rebuilt)
         print(f"model {rebuilt}")
     print(f"weights sha256 {model.sha256()}")
-
-
-def naive_score(backend: Backend, model: Model, text: np.ndarray, start: np.ndarray, tokens: int,
-                noise: tuple[int, int, float], state: Any = None) -> None:
-    """Naive ES, to compare with: +-1 for every weight of every member's matrices, written out anew in each call."""
-    if isinstance(backend, KernelBackend):
-        backend.score(model, text, start, tokens, noise, state, mode="naive")
-        return
-    for i in range(len(start)):
-        own = model.q + signs(pair_keys(*noise[:2], np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
-        backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1], tokens, (0, 0, 0.0),
-                      None if state is None else state[i:i + 1])
 
 
 # int8 operations of a multiprocessor in a clock, by compute capability (NVIDIA's data sheets, without sparsity)
@@ -3157,65 +3098,69 @@ def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
 
     Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
     """
-    model, text, T = new_model(cfg, 0), mix(np.arange(2**20)).astype(np.uint16) % np.uint16(cfg.vocab), es.tokens
+    model, T, P = new_model(cfg, 0), es.tokens, es.population
+    text = (mix(np.arange(2**20)) % cfg.vocab).astype(np.uint16)
     text.setflags(write=False)
     model.hold(backend.xp)
-    few = min(es.population, max(2 * cores(), es.population // 32))  # where members share nothing, a few of them do
-    start = np.repeat(segments(text, T, es.seed, 0, np.arange(es.population // 2)), 2)
-    state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(es.population // 2))
-    answers, given = np.zeros((es.population, T + 1), np.uint16), np.ones(es.population, np.int32)
-    ways: dict[str, tuple[Callable[..., object], float]] = {
-        "inference, no perturbation": (backend.score, 0.0), "EGGROLL forward": (backend.score, es.sigma),
-        "EGGROLL whole step": (backend.score, es.sigma), "EGGROLL, one by one": (backend.score, es.sigma),
-        "naive ES forward": (lambda *a: naive_score(backend, *a), es.sigma)}
+    few = min(P, max(2 * cores(), P // 32))  # where members share nothing, a few of them do
+    start, still, noise = np.repeat(segments(text, T, es.seed, 0, np.arange(P // 2)), 2), (0, 0, 0.0), (0, 0, es.sigma)
+    state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(P // 2))
+    answers, given = np.zeros((P, T + 1), np.uint16), np.ones(P, np.int32)
 
-    def run(name: str, generate: bool) -> int:
-        """One pass over T tokens; returns how many tokens that were."""
-        score, sigma = ways[name]
-        members = few if "naive" in name or "one by one" in name else es.population
-        if "one by one" in name:
-            for i in range(members):
-                if generate:
-                    backend.generate(model, answers[i:i + 1], given[:1], T, (0, 0, sigma), 0.0, -1)
-                else:
-                    score(model, text, start[i:i + 1], T, (0, 0, sigma))
-        elif not generate and "step" in name:
-            es_step(model, backend, replace(es, steps=2**31), predict(text, T))
-        elif not generate:
-            score(model, text, start[:members], T, (0, 0, sigma))
-        elif "naive" in name:
-            state[:] = 0
-            for t in range(T):
-                score(model, text, start[:members] + t, 1, (0, 0, sigma), state)
-        else:
-            backend.generate(model, answers, given, T, (0, 0, sigma), 0.0, -1)
-            if "step" in name:
-                backend.update(model, f, 0, 0, 1.0)
-        if backend.name == "cuda":
-            backend.xp.cuda.Device().synchronize()
-        return members * T
+    def read(noise: tuple[int, int, float], members: int = P, each: int = P) -> None:
+        for i in range(0, members, each):
+            backend.score(model, text, start[i:i + each], T, noise)
 
-    speeds: dict[tuple[str, bool], list[float]] = {(name, g): [] for name in ways for g in (False, True)}
+    def write(noise: tuple[int, int, float], members: int = P, each: int = P) -> None:
+        for i in range(0, members, each):
+            backend.generate(model, answers[i:i + each], given[i:i + each], T, noise, 0.0, -1)
+
+    def whole_step_of_writing() -> None:
+        write(noise)
+        backend.update(model, f, 0, 0, 1.0)
+
+    def naive(tokens: int) -> None:
+        """Naive ES: +-1 for every weight of every member's matrices, written out anew for each so many tokens."""
+        state[:] = 0
+        for t in range(0, T, tokens):
+            if isinstance(backend, KernelBackend):
+                backend.score(model, text, start[:few] + t, tokens, noise, state, mode="naive")
+                continue
+            for i in range(few):
+                own = model.q + signs(pair_keys(0, 0, np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
+                backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1] + t, tokens, still,
+                              state[i:i + 1])
+
+    ways: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {  # members, scoring, generation
+        "inference, no perturbation": (P, lambda: read(still), lambda: write(still)),
+        "EGGROLL forward": (P, lambda: read(noise), lambda: write(noise)),
+        "EGGROLL whole step": (P, lambda: es_step(model, backend, replace(es, steps=2**31), predict(text, T)),
+                               whole_step_of_writing),
+        "EGGROLL, one by one": (few, lambda: read(noise, few, 1), lambda: write(noise, few, 1)),
+        "naive ES forward": (few, lambda: naive(T), lambda: naive(1))}
+    speeds = {key: list[float]() for key in itertools.product(ways, (0, 1))}  # 0 scoring, 1 generation
     rounds, began = -1, time.perf_counter()  # the first round warms up
     while rounds < 3 or (time.perf_counter() - began < least and rounds < 50):
         for key, speed in speeds.items():
-            t = time.perf_counter()
-            tokens = run(*key)
-            speed += [tokens / (time.perf_counter() - t)] * (rounds >= 0)
+            (members, *both), t = ways[key[0]], time.perf_counter()
+            both[key[1]]()
+            if backend.name == "cuda":
+                backend.xp.cuda.Device().synchronize()
+            speed += [members * T / (time.perf_counter() - t)] * (rounds >= 0)
         rounds += 1
     products = sum(p.size for n, p in cfg.params.items() if p.cols and n != "emb.weight")
     print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} rank {es.rank} population "
-          f"{es.population}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
+          f"{P}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
     print(f"{'tokens/s':28}{'scoring':>45}{'generation':>45}")
     low, mid, high = ({key: np.percentile(speed, q) for key, speed in speeds.items()} for q in (25, 50, 75))
     for name in ways:
         print(f"{name:28}" + "".join("{:13,.0f} {:>22} {:7.4f}x".format(
             mid[key], f"[{low[key]:,.0f}, {high[key]:,.0f}]", mid[key] / mid["inference, no perturbation", key[1]])
-            for key in ((name, False), (name, True))))
-    ratio = [mid["EGGROLL forward", g] / mid["naive ES forward", g] for g in (False, True)]
+            for key in ((name, 0), (name, 1))))
+    ratio = [mid["EGGROLL forward", g] / mid["naive ES forward", g] for g in (0, 1)]
     print(f"EGGROLL / naive ES: {ratio[0]:.1f} in scoring, {ratio[1]:.1f} in generation (the paper, arXiv 2511.16652: "
-          "EGGROLL 0.91 and naive ES 0.0041 of inference, 100 or more between them)")
-    rate, used, share = 2 * products * mid["EGGROLL forward", False], "", ""
+          "EGGROLL 0.69 and naive ES 0.00054 of inference, or 0.91 and 0.0041 where all noise is made beforehand)")
+    rate, used, share = 2 * products * mid["EGGROLL forward", 0], "", ""
     if backend.name == "cuda":
         device = backend.xp.cuda.Device()
         peak = 1e3 * PEAK.get(device.compute_capability, 0) * device.attributes["MultiProcessorCount"] \
@@ -3242,60 +3187,60 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; options that were not given are None."""
-    p = Parser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", type=Path, help="text; the last 10%% is for validation (data/tales.txt)")
-    p.add_argument("--out", type=Path, help="folder of the model and its log (out, or out-2, ... where that is taken)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
-    p.add_argument("--replay", type=Path, metavar="DIR", help="rebuild the weights of a run from its scores.bin")
-    p.add_argument("--load", type=Path, metavar="FILE", help="start from this model.npz, or an official RWKV-7 .pth or "
-                   ".safetensors")
-    p.add_argument("--backend", choices=["numpy", "c", "cuda"], help="default: the fastest that works here")
-    p.add_argument("--threads", type=int, metavar="N", help="of the c backend (all cores this process may use)")
-    p.add_argument("--vocab", metavar="N|bytes|FILE", help=f"number of tokens to learn from --data ({TOKENS}), bytes "
-                   "for all 256 and no others, or a file like rwkv_vocab_v20230424.txt")
-    p.add_argument("--freeze", metavar="PARTS", help="leave parameters with these parts in their names as they are, "
-                   "like emb,att.w*; '' for none (with --load and --vocab: emb,head)")
-    for settings, names in (Config(), SHAPE), (ES(), names_of(ES)), (Asking(), names_of(Asking)):
-        for name in names:
-            value = getattr(settings, name)
-            p.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="N" if value != "" else "TEXT",
-                           help=HELP[name] + (f" ({value})" if value else ""))
-    p.add_argument("--minutes", type=float, metavar="N", help="choose --steps so that training takes about this long")
-    p.add_argument("--sample", metavar="PROMPT", help="continue this text with the model of --load")
-    p.add_argument("--top-p", type=float, metavar="N", help="of --sample: draw from the likeliest tokens only, as few "
-                   "as together have this probability (1)")
-    p.add_argument("--eval", action="store_true", help="validate the model of --load: bits/byte, or a task's accuracy")
-    p.add_argument("--bench", action="store_true", help="measure this machine")
-    p.add_argument("--plot", action="store_true", help="draw the curve as curve.png in --out (needs matplotlib)")
-    return p.parse_args(argv)
-
-
-DATA = Path(__file__).resolve().parent / "data" / "tales.txt"
-SHAPE = ("dim", "layers", "head_size")
-HELP = {
-    "dim": "width D", "layers": "number of layers", "head_size": "width of a head, a divisor of --dim",
-    "population": "members, an even number", "rank": "rank of the perturbations, 1 to 8",
-    "tokens": "length of a segment", "steps": "updates", "sigma": "size of the perturbations, in int8 steps",
-    "lr": "learning rate, in int8 steps; 0: from --steps",
-    "seed": "of weights, noise, sampling and order of the data",
-    "task": "what to train for: text to predict --data, sums, or a FILE.jsonl of {\"prompt\": ..., \"answer\": ...}",
-    "reward": f"of a task's answers: {', '.join(REWARDS)}, or module:function (near for sums, else exact)",
-    "group_size": "members who get the same problem, an even number",
-    "length": "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)",
-    "temperature": "of answers, 0 for the likeliest token (0), or of a sample (0.7)",
-    "stop": "the token that ends an answer (newline, or with --vocab end of text)",
+SHAPE = ("dim", "layers", "head_size")  # the options that are settings of a Config
+OPTIONS: dict[str, tuple[type, str]] = {  # type and help, in brackets what is done without
+    "data": (Path, "text; the last 10%% is for validation (data/tales.txt)"),
+    "out": (Path, "folder of the model and its log (out, or out-2, ... where that is taken)"),
+    "resume": (bool, "go on with the run in --out, with its own settings"),
+    "replay": (Path, "rebuild the weights of the run in this folder from its scores.bin"),
+    "load": (Path, "start from this model.npz, or an official RWKV-7 .pth or .safetensors"),
+    "backend": (str, "numpy, c or cuda (the fastest that works here)"),
+    "threads": (int, "of the c backend (all cores this process may use)"),
+    "vocab": (str, f"how many tokens to learn from --data ({TOKENS}), bytes, or a file like rwkv_vocab_v20230424.txt"),
+    "freeze": (str, "leave alone parameters with these parts in their names: emb,att.w* (emb,head with a --vocab file)"),
+    "dim": (int, "width D"),
+    "layers": (int, "number of layers"),
+    "head_size": (int, "width of a head, a divisor of --dim"),
+    "population": (int, "members, an even number"),
+    "rank": (int, "rank of the perturbations, 1 to 8"),
+    "tokens": (int, "length of a segment"),
+    "steps": (int, "updates"),
+    "minutes": (float, "choose --steps so that training takes about this long"),
+    "sigma": (float, "size of the perturbations, in int8 steps"),
+    "lr": (float, "learning rate, in int8 steps (from --steps)"),
+    "seed": (int, "of weights, noise, sampling and order of the data (0)"),
+    "task": (str, 'what to train for: text to predict --data, sums, or a FILE.jsonl of {"prompt": ..., "answer": ...}'),
+    "reward": (str, f"of answers: {', '.join(REWARDS)}, or module:function (near for sums, else exact)"),
+    "group_size": (int, "members who get the same problem, an even number"),
+    "length": (int, "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)"),
+    "temperature": (float, "of answers, 0 for the likeliest token (0), or of a sample (0.7)"),
+    "stop": (str, "the token that ends an answer (newline, or with --vocab end of text)"),
+    "sample": (str, "continue this text with the model of --load"),
+    "top_p": (float, "of --sample: draw from the likeliest tokens only, as few as together have this probability (1)"),
+    "eval": (bool, "validate the model of --load: bits/byte, or a task's accuracy"),
+    "bench": (bool, "measure this machine"),
+    "plot": (bool, "draw the curve as curve.png in --out (needs matplotlib)"),
 }
 
 
-def names_of(settings: type) -> list[str]:
-    """The fields of a dataclass."""
-    return [f.name for f in fields(settings)]
+def option(name: str) -> str:
+    """How a setting is called on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; options that were not given are None. Raises UserError."""
+    p = Parser(description=__doc__.split("\n\n")[0])
+    defaults = asdict(ES()) | asdict(Asking()) | {name: getattr(Config(), name) for name in SHAPE}
+    for name, (kind, text) in OPTIONS.items():
+        more: dict[str, Any] = {"action": "store_const", "const": True} if kind is bool else {
+            "type": kind, "metavar": "PATH" if kind is Path else "TEXT" if kind is str else "N"}
+        p.add_argument(option(name), help=text + (f" ({defaults[name]})" if defaults.get(name) else ""), **more)
+    return p.parse_args(argv)
 
 
 def prepare_out(out: Path | None) -> Path:
-    """A writable folder with no run in it."""
+    """A writable folder with no run in it; raises UserError."""
     files = "model.npz", "model.previous.npz", "log.csv", "scores.bin"
     for path in [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
         if not any((path / name).exists() and (path / name).stat().st_size for name in files):
@@ -3324,57 +3269,55 @@ def steps_for(minutes: float, model: Model, backend: Backend, es: ES, task: Task
 
 def run(a: argparse.Namespace, team: Team) -> None:
     """Do what the command line says; raises UserError."""
-    def of(names: Iterable[str]) -> dict[str, Any]:
-        return {name: getattr(a, name) for name in names if getattr(a, name) is not None}
-
     team.agree("options", {**vars(a), "backend": None, "threads": None})
-    given, shape, asked = of(names_of(ES)), of(SHAPE), of(names_of(Asking))
+    given = {name: value for name, value in vars(a).items() if value is not None}
+    shape, of_es, of_ask = ({name: value for name, value in given.items() if name in names}
+                            for names in (SHAPE, vars(ES()), vars(Asking())))
+    for name, least, most in (("threads", 1, 4096), ("minutes", 1e-3, 1e6), ("top_p", 1e-6, 1), ("length", 1, 1e9),
+                              ("temperature", 1e-3, 100)):
+        value = given.get(name, least)
+        if not least <= value <= most and (value or name != "temperature"):
+            raise UserError(f"{option(name)} {value:g} is out of range: choose {least:g} to {most:g}")
     if a.task not in (None, "text", "sums"):
-        asked["task"] = str(Path(a.task).resolve())  # to --resume from another folder
-    es, ask, out, data = ES(**given), Asking(**asked), a.out, a.data or DATA
+        of_ask["task"] = str(Path(a.task).resolve())  # to --resume from another folder
+    es, ask, out, data = ES(**of_es), Asking(**of_ask), a.out, a.data or DATA
     count = 256 if a.vocab == "bytes" else int(a.vocab) if (a.vocab or "").isdecimal() else 0
     vocab_file = Path(a.vocab) if a.vocab and not count else None
     if count > MOST_TOKENS:
         raise UserError(f"--vocab {count} is out of range: learn {MOST_TOKENS} tokens at most, or give a file of them")
-    if a.threads is not None and a.threads < 1:
-        raise UserError(f"--threads {a.threads} is out of range: give 1 or more")
-    if a.minutes is not None and not 0 < a.minutes < 1e6:
-        raise UserError(f"--minutes {a.minutes:g} is out of range: give a positive number of minutes")
-    if a.top_p is not None and not 0 < a.top_p <= 1:
-        raise UserError(f"--top-p {a.top_p:g} is out of range: give more than 0, at most 1")
-    threads, local = a.threads or max(1, cores() // team.sharing), team.local
+    threads, local, sampling = a.threads or max(1, cores() // team.sharing), team.local, a.sample is not None
 
     def make(cfg: Config, rank: int) -> Backend:
         return make_backend(a.backend, cfg, rank, threads, local)
 
-    if a.replay or a.bench or a.sample is not None:  # one process is enough
+    if a.replay or a.bench or sampling:  # one process is enough
         if team.rank:
             return None
         team = ALONE
     if a.replay:
-        if given or shape or asked or a.resume or out or a.data or a.vocab or a.eval or a.bench or a.sample is not None:
-            raise UserError("--replay goes with --load, --backend and --threads only: leave the others out")
+        if others := given.keys() - {"replay", "load", "backend", "threads"}:
+            raise UserError(f"{option(min(others))} does not go with --replay: leave it out")
         return replay(a.replay, a.load, make)
     origin = {"load": a.load and str(a.load.resolve()), "minutes": a.minutes, "freeze": a.freeze}
     if a.resume:
         if not out:
             raise UserError("--resume needs the folder of the run: add --out")
         model = team.first(lambda: load_run(out))
-        was = asdict(model.cfg) | model.extra["es"] | model.extra["ask"] | model.extra["origin"]
-        for name, value in (given | shape | origin | (asked if a.sample is None else {})).items():
+        extra = model.extra
+        was = asdict(model.cfg) | extra["es"] | extra["ask"] | extra["origin"]
+        for name, value in (of_es | shape | origin | ({} if sampling else of_ask)).items():
             if value is not None and value != was[name]:
-                raise UserError(f"--{name.replace('_', '-')} {value} is not the {was[name]} of the run in {out}: leave "
-                                "it out to go on with that run, or start another")
-        es, ask, data = ES(**model.extra["es"]), Asking(**model.extra["ask"]), a.data or Path(model.extra["data"])
-        vocab_file = vocab_file or (model.extra["vocab"] and Path(model.extra["vocab"]))
-    is_text, sampling = ask.task == "text", a.sample is not None
-    of_sums = "--task sums or a file of problems"
-    for names, fits, where in ((["data"], is_text, "--task text"), (["top_p"], sampling, "--sample"),
-                               (["reward", "group_size", "stop"], not is_text, of_sums),
-                               (["length", "temperature"], sampling or not is_text, f"--sample, or {of_sums}")):
-        for name in names:
-            if not fits and getattr(a, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} goes with {where}: leave it out, or add that")
+                raise UserError(f"{option(name)} {value} is not the {was[name]} of the run in {out}: leave it out to go "
+                                "on with that run, or start another")
+        es, ask, data = ES(**extra["es"]), Asking(**extra["ask"]), a.data or Path(extra["data"])
+        vocab_file = vocab_file or (extra["vocab"] and Path(extra["vocab"]))
+    is_text = ask.task == "text"
+    problems = "--task sums or a file of problems"
+    for fits, where, *names in ((is_text, "--task text", "data"), (sampling, "--sample", "top_p"),
+                                (not is_text, problems, "reward", "group_size", "stop"),
+                                (sampling or not is_text, f"--sample, or {problems}", "length", "temperature")):
+        if not fits and (wrong := given.keys() & names):
+            raise UserError(f"{option(min(wrong))} goes with {where}: leave it out, or add that")
     text, val_text = read_text(data) if is_text and (a.eval or not sampling) else (b"", b"")
     if a.load and not a.resume:
         model = load_model(a.load)
@@ -3387,8 +3330,11 @@ def run(a: argparse.Namespace, team: Team) -> None:
     else:
         if a.eval or sampling:
             raise UserError("--eval and --sample need a model: add --load model.npz")
-        known = bytes(sorted({*text, *val_text, *b"\n"})) if text and a.vocab != "bytes" else BYTES
-        vocab = Vocab(vocab_file, known, learn_merges(text, known, (count or TOKENS) - len(known)))
+        if vocab_file or a.vocab == "bytes" or not text:
+            vocab = Vocab(vocab_file)
+        else:
+            known = bytes(sorted({*text, *val_text, *b"\n"}))
+            vocab = Vocab(None, known, learn_merges(text, known, (count or TOKENS) - len(known)))
         model = new_model(Config(**shape, vocab=vocab.size), es.seed)
     if count and count != len(vocab.bytes):
         raise UserError(f"--vocab {a.vocab} is not the {len(vocab.bytes)} tokens of the model, or that the text gives: "
@@ -3420,10 +3366,10 @@ def run(a: argparse.Namespace, team: Team) -> None:
     files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
              "--vocab": vocab_file}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
-    if a.resume and hashes != model.extra["files"]:
-        changed = [f"{name} {files[name]}" for name in hashes if hashes[name] != model.extra["files"].get(name)]
-        raise UserError(f"{', '.join(changed)} is not what the run in {out} began with: put that back, or start a new "
-                        f"run from the old one's weights with --load {out / 'model.npz'}")
+    for name in hashes if a.resume else ():
+        if hashes[name] != model.extra["files"].get(name):
+            raise UserError(f"{name} {files[name]} is not what the run in {out} began with: put that back, or start a "
+                            f"new run from the old one's weights with --load {out / 'model.npz'}")
     marks = yardsticks(data, text, val_text) if is_text else {}
     if marks:
         print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
@@ -3438,13 +3384,14 @@ def run(a: argparse.Namespace, team: Team) -> None:
     team.agree("files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
     team.shares(es.population // 2)  # are there enough?
     out = out if a.resume else team.first(lambda: prepare_out(out))
-    print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}, "
-          f"backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
+    title = f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}"
+    print(f"{title}, backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
     figure = train(model, engine, es, task, out, team)
     if team.rank:
         return None
     if a.plot:
-        plot(out, marks, task)
+        plot(out, marks, task, f"{title}\n{data.name if is_text else Path(ask.task).name}: D={model.cfg.dim}, "
+             f"L={model.cfg.layers}, rank {es.rank}")
     task.sample(model, engine)
     print(f"model {out / 'model.npz'}")
     print(f"{task.unit} {figure:.4f}")
@@ -3454,8 +3401,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
 
 def mpi() -> Any:
     """The communicator of the MPI job that this process is one of, or None; raises UserError."""
-    names = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
-    started = max(int(os.environ.get(name) or 1) for name in names)
+    started = max(int(os.environ.get(n) or 1) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
     if started == 1:
         return None
     try:
@@ -3482,6 +3428,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as e:
         message, code = str(e), 2
+    except OSError as e:  # of any file that is not said more about
+        message, code = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or give another path", 2
     except KeyboardInterrupt:
         message, code = "stopped", 130
     if team.rank:

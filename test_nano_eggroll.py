@@ -2293,7 +2293,7 @@ def test_a_read_only_folder_is_said(run_dir, prose, capsys):
 def test_two_processes_do_not_write_into_one_folder(run_dir, capsys):
     pytest.importorskip("fcntl")
     log = run_dir.files[run_dir.out / "log.csv"]
-    with E.reopen(run_dir.out / "log.csv", len(log), zlib.crc32(log)):
+    with E.Growing(run_dir.out / "log.csv", len(log), zlib.crc32(log)).file:
         assert E.main(run_dir.resume) == 2
     assert "another process" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in run_dir.out.iterdir()} == run_dir.files
