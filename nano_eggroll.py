@@ -2447,7 +2447,7 @@ class Named(dict):
 
 
 class Unpickler(pickle._Unpickler):
-    """Python's own, less all opcodes but those that tensors need: it imports nothing, and calls only what is `known`."""
+    """Python's own, with no opcodes but those that tensors need: it imports nothing, and calls only what is `known`."""
 
     known: dict[str, Any]  # what stands for each module.name that may be asked for
     opcodes = ("PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE "
@@ -2816,7 +2816,8 @@ def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int
     """To predict a text; raises UserError where it is too short."""
     train, val = vocab.encode(text), vocab.encode(val_text)
     if min(len(val), len(train)) <= tokens:
-        raise UserError(f"{len(text + val_text)} bytes are too few for --tokens {tokens} in the last 10%: use more text")
+        raise UserError(f"{len(text + val_text)} bytes are too few for --tokens {tokens} in the last 10%: use a longer "
+                        "text")
     for a in train, val:
         a.setflags(write=False)
     size = len(val_text) - len(vocab.bytes[int(val[0])])
@@ -2939,8 +2940,8 @@ def lost(model: Model, text: np.ndarray) -> float:
 GUARD_RAILS = {  # how much of something is too much in a row of the log, and what is said then, once in a run
     "limit": (0.02, "{:.1%} of the weights are at +-127 and cannot grow any more: use less --lr"),  # more than at first
     "lost": (0.5, "{:.0%} of the activations are rounded to 0, since a few are very large: use less --lr or --sigma"),
-    "equal": (0.95, "{:.0%} of the pairs had equal fitness, which teaches nothing: use more --sigma or --temperature, or "
-              + "a reward with partial credit"),
+    "equal": (0.95, "{:.0%} of the pairs had equal fitness, which teaches nothing: use more --sigma or --temperature, "
+              + "or a reward with partial credit"),
     "ignored": (0, "{} pairs had a fitness that is no finite number and were left out: correct the reward"),
 }
 
@@ -3197,7 +3198,7 @@ OPTIONS: dict[str, tuple[type, str]] = {  # type and help, in brackets what is d
     "backend": (str, "numpy, c or cuda (the fastest that works here)"),
     "threads": (int, "of the c backend (all cores this process may use)"),
     "vocab": (str, f"how many tokens to learn from --data ({TOKENS}), bytes, or a file like rwkv_vocab_v20230424.txt"),
-    "freeze": (str, "leave alone parameters with these parts in their names: emb,att.w* (emb,head with a --vocab file)"),
+    "freeze": (str, "parts of names of parameters to leave alone, like emb,att.w* (emb,head with a --vocab file)"),
     "dim": (int, "width D"),
     "layers": (int, "number of layers"),
     "head_size": (int, "width of a head, a divisor of --dim"),
@@ -3307,8 +3308,8 @@ def run(a: argparse.Namespace, team: Team) -> None:
         was = asdict(model.cfg) | extra["es"] | extra["ask"] | extra["origin"]
         for name, value in (of_es | shape | origin | ({} if sampling else of_ask)).items():
             if value is not None and value != was[name]:
-                raise UserError(f"{option(name)} {value} is not the {was[name]} of the run in {out}: leave it out to go "
-                                "on with that run, or start another")
+                raise UserError(f"{option(name)} {value} is not the {was[name]} of the run in {out}: leave it out to "
+                                "go on with that run, or start another")
         es, ask, data = ES(**extra["es"]), Asking(**extra["ask"]), a.data or Path(extra["data"])
         vocab_file = vocab_file or (extra["vocab"] and Path(extra["vocab"]))
     is_text = ask.task == "text"
@@ -3340,7 +3341,7 @@ def run(a: argparse.Namespace, team: Team) -> None:
         raise UserError(f"--vocab {a.vocab} is not the {len(vocab.bytes)} tokens of the model, or that the text gives: "
                         "leave it out")
     if model.cfg.vocab != vocab.size and not vocab_file:
-        raise UserError(f"the model has {model.cfg.vocab:,} tokens, which it does not name: give their file with --vocab")
+        raise UserError(f"the model has {model.cfg.vocab:,} tokens and no names for them: give their file with --vocab")
     if model.cfg.vocab < vocab.size:
         raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give its own --vocab")
     if not a.resume:

@@ -4,8 +4,8 @@
     python data/ablate.py "sign of d" rank     those whose names contain one of these words
     python data/ablate.py base -- --steps 8000 --data book.txt      with other settings
 
-Prints a row for each: bits/byte of the validation text (median, lowest and highest of the seeds). Each change is what it
-takes to make it, and so a way into the file, too.
+Prints a row for each: bits/byte of the validation text (median, lowest and highest of the seeds). Each change is
+written as what it takes to make it, and so a way into the file, too.
 """
 
 import contextlib
@@ -84,10 +84,10 @@ def stochastic(model: E.Model, Z: np.ndarray, lr: float) -> None:
 
 
 def momentum(model: E.Model, Z: np.ndarray, lr: float) -> None:
-    """Of 0.9, and of unit variance again."""
+    """Of 0.9: each Z counts as much as without it, but spread over the steps that follow."""
     v = model.__dict__.setdefault("v", np.zeros(len(Z)))
-    v[:] = 0.9 * v + Z
-    add(model, lr * math.sqrt(1 - 0.9**2) * v)
+    v[:] = 0.9 * v + 0.1 * Z
+    add(model, lr * v)
 
 
 def adam(model: E.Model, Z: np.ndarray, lr: float) -> None:
@@ -127,7 +127,8 @@ SHORT = ["--population", "512", "--tokens", "32", "--steps", "370"]
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "base": ([], {}),
     "fitness: sign of d": ([], {"shape_fitness": lambda d: (42 * np.sign(d)).astype(np.int8)}),
-    "fitness: not clipped": ([], {"shape_fitness": lambda d: np.rint(d * (127 / max(abs(d).max(), 1))).astype(np.int8)}),
+    "fitness: not clipped": ([], {
+        "shape_fitness": lambda d: np.rint(d * (127 / max(abs(d).max(), 1))).astype(np.int8)}),
     "update: +-1 where |Z| passes a threshold": ([], moved(threshold)),
     "update: stochastic rounding, no residual": ([], moved(stochastic)),
     "update: momentum 0.9": ([], moved(momentum)),
