@@ -3356,6 +3356,13 @@ def run(a: argparse.Namespace, team: Team) -> None:
         write_sample(model, make(model.cfg, es.rank), vocab, a.sample, **how)
         if not a.eval:
             return None
+    files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
+             "--vocab": vocab_file}
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
+    for name in hashes if a.resume and not a.eval else ():
+        if hashes[name] != model.extra["files"].get(name):
+            raise UserError(f"{name} {files[name]} is not what the run in {out} began with: put that back, or start a "
+                            f"new run from the old one's weights with --load {out / 'model.npz'}")
     task = text_task(text, val_text, vocab, es.tokens, es.seed) if is_text else answer_task(ask, vocab, es.population)
     engine = make(model.cfg, es.rank)
     if a.eval:
@@ -3364,13 +3371,6 @@ def run(a: argparse.Namespace, team: Team) -> None:
 
     if a.plot and not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib, or open log.csv in a spreadsheet")
-    files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
-             "--vocab": vocab_file}
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
-    for name in hashes if a.resume else ():
-        if hashes[name] != model.extra["files"].get(name):
-            raise UserError(f"{name} {files[name]} is not what the run in {out} began with: put that back, or start a "
-                            f"new run from the old one's weights with --load {out / 'model.npz'}")
     marks = yardsticks(data, text, val_text) if is_text else {}
     if marks:
         print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))

@@ -156,7 +156,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "population 4096, a quarter of the steps": (["--population", "4096", *times(1 / 4)], {}),
     "time mix frozen": (["--freeze", "att"], {}),
     "LoRAs frozen": (["--freeze", "att.w?,att.a?,att.g?"], {}),
-    "vectors frozen": (["--freeze", "ln,att.x_*,ffn.x_*,att.k_*,att.r_k,att.w0,att.a0"], {}),
+    "vectors frozen": (["--freeze", "ln*,att.x_*,ffn.x_*,att.k_*,att.r_k,att.w0,att.a0"], {}),
     "two layers": (["--layers", "2"], {}),
     "6 M tokens": (SHORT, {}),
     "6 M tokens: normal noise, in numpy": ([*SHORT, "--sigma", str(1 / 64), "--backend", "numpy"], {"factors": gauss}),
