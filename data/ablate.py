@@ -159,7 +159,8 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "vectors frozen": (["--freeze", "ln*,att.x_*,ffn.x_*,att.k_*,att.r_k,att.w0,att.a0"], {}),
     "two layers": (["--layers", "2"], {}),
     "6 M tokens": (SHORT, {}),
-    "6 M tokens: normal noise, in numpy": ([*SHORT, "--sigma", str(1 / 64), "--backend", "numpy"], {"factors": gauss}),
+    "6 M tokens: normal noise, in numpy": ([*SHORT, "--sigma", str(1 / 64), "--backend", "numpy"], {
+        "factors": gauss, "ES.rate": lambda es, step: usual_rate(es, step) / 64}),
 }
 
 
