@@ -1676,155 +1676,6 @@ class KernelBackend:
 Backend = NumpyBackend | KernelBackend
 
 
-def cores() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cache_dir() -> Path:
-    """A directory for compiled code that nobody but its owner can write; a fresh one where that cannot be had."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_eggroll"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = path.lstat()
-        if os.name == "nt" or (stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
-                               and os.access(path, os.W_OK)):
-            return path
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="nano_eggroll_"))
-
-
-NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-
-
-def compile_c(source: str, flags: str) -> Path:
-    """Compile the kernel to a shared library and return its path; raises UserError without a working compiler."""
-    found = [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)]
-    if not found:
-        raise UserError("no C compiler found: install gcc or clang (apt install gcc, xcode-select --install)")
-    command = [found[0], "-x", "c", *flags.split(), "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno"]
-    # What the compiler predefines tells its version and the CPU's features: the key of the cache with the source.
-    macros = subprocess.run([*command, "-dM", "-E", os.devnull], check=False, capture_output=True, text=True)
-    key = hashlib.sha256("\0".join([source, *command, macros.stdout]).encode()).hexdigest()[:32]
-    path = cache_dir() / f"{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-            built = Path(tmp) / "kernel.so"
-            done = subprocess.run([*command, "-shared", "-o", str(built), "-"], input=source, check=False,
-                                  capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"{found[0]} cannot compile the kernel: {(done.stderr.splitlines() or ['?'])[0]}")
-            os.replace(built, path)
-    return path
-
-
-def c_arguments(args: tuple) -> list:
-    """Arrays as pointers, numpy scalars as C numbers, None as a null pointer."""
-    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
-    return [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
-            types[type(a)](a) if a is not None else None for a in args]
-
-
-class CLauncher:
-    """Runs kernels on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
-
-    xp = np
-
-    def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
-        """source: see `kernel_source`; flags: for the compiler. Raises UserError."""
-        self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
-        sizes = np.zeros(len(Sizes._fields), np.int32)
-        self.lib.sizes(*c_arguments((sizes,)))
-        self.sizes = Sizes(*sizes.tolist())
-        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
-
-    def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
-        """Run tasks of a kernel; it writes to the arrays themselves."""
-        kernel, argv, count = getattr(self.lib, name), c_arguments(args), len(tasks)
-        pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
-
-        def run(i: int) -> None:
-            scratch = np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8)
-            kernel(*argv, tasks.start + i * count // pieces, tasks.start + (i + 1) * count // pieces,
-                   ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
-
-        list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
-
-
-def cuda_trouble(e: Exception) -> UserError:
-    """What to do about an error of CuPy's."""
-    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
-    for sign, remedy in {
-        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
-        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
-        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
-    }.items():
-        if sign in text:
-            return UserError(f"the GPU {remedy}; or use --backend c")
-    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
-
-
-# Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
-CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-
-
-class CudaLauncher:
-    """Runs kernels on the GPU: as many blocks as it holds at once, which take the tasks in turn."""
-
-    def __init__(self, source: str) -> None:
-        """source: see `kernel_source`. Raises UserError."""
-        import cupy  # type: ignore
-
-        try:
-            device, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
-            room = device["MaxSharedMemoryPerBlockOptin"]
-            # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
-            cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
-            module, sizes = cupy.cuda.function.Module(), cupy.zeros(len(Sizes._fields), np.int32)
-            module.load(cubin)
-            module.get_function("sizes")((1,), (1,), (sizes,))
-            self.xp, self.sizes = cupy, Sizes(*sizes.get().tolist())
-            self.kernels: dict[str, tuple[Any, int, int]] = {}
-            scratch, s = 0, self.sizes
-            for name, slow, fast in ("score", s.task, s.fast), ("update", s.update, s.update), ("pack", 0, 0):
-                kernel, shared = module.get_function(name), fast if fast <= room else 0
-                driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-                blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                    kernel.ptr, self.sizes.threads, shared)
-                free = cupy.cuda.runtime.memGetInfo()[0] // 2
-                blocks = max(1, min(blocks, free // max(1, slow)))
-                self.kernels[name] = kernel, blocks, shared
-                scratch = max(scratch, blocks * slow)
-            self.scratch = cupy.empty(scratch, np.uint8)
-        except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
-            raise cuda_trouble(e) from None
-        self.kept: dict[int, tuple[np.ndarray, Any]] = {}
-
-    def put(self, a: Any) -> Any:
-        """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
-        if not isinstance(a, np.ndarray):
-            return np.uintp(0) if a is None else a
-        if a.flags.writeable:
-            return self.xp.asarray(a)
-        if id(a) not in self.kept:
-            self.kept[id(a)] = (a, self.xp.asarray(a))
-        return self.kept[id(a)][1]
-
-    def __call__(self, name: str, tasks: range, args: tuple, out: list) -> None:
-        """Run tasks of a kernel, then copy back what is in `out` and not on the device."""
-        kernel, blocks, shared = self.kernels[name]
-        try:
-            there = [self.put(a) for a in args]
-            kernel((max(1, min(blocks, len(tasks))),), (self.sizes.threads,),
-                   (*there, np.int32(tasks.start), np.int32(tasks.stop), self.scratch), shared_mem=shared)
-            for a, device in zip(args, there, strict=True):
-                if isinstance(a, np.ndarray) and any(a is o for o in out):
-                    a[...] = device.get()
-        except Exception as e:  # noqa: BLE001
-            raise cuda_trouble(e) from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The evolution strategy
 
@@ -2107,7 +1958,7 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
 
 
 # =====================================================================================================================
-# The method ends here. What follows: text, yardsticks, files of models, problems and rewards, training, command line.
+# The method ends here. What follows: compilers, text and tokens, files, problems and rewards, training, command line.
 
 
 DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
@@ -2126,6 +1977,159 @@ def note(text: str) -> None:
 def one_line(e: BaseException) -> str:
     """What an error says, in a line."""
     return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling the kernel, and launching it on a CPU or a GPU
+
+
+def cores() -> int:
+    """The number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """A directory for compiled code that nobody but its owner can write; a fresh one where that cannot be had."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_eggroll"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+        if os.name == "nt" or (stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
+                               and os.access(path, os.W_OK)):
+            return path
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="nano_eggroll_"))
+
+
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+
+
+def compile_c(source: str, flags: str) -> Path:
+    """Compile the kernel to a shared library and return its path; raises UserError without a working compiler."""
+    found = [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)]
+    if not found:
+        raise UserError("no C compiler found: install gcc or clang (apt install gcc, xcode-select --install)")
+    command = [found[0], "-x", "c", *flags.split(), "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno"]
+    # What the compiler predefines tells its version and the CPU's features: the key of the cache with the source.
+    macros = subprocess.run([*command, "-dM", "-E", os.devnull], check=False, capture_output=True, text=True)
+    key = hashlib.sha256("\0".join([source, *command, macros.stdout]).encode()).hexdigest()[:32]
+    path = cache_dir() / f"{key}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+            built = Path(tmp) / "kernel.so"
+            done = subprocess.run([*command, "-shared", "-o", str(built), "-"], input=source, check=False,
+                                  capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{found[0]} cannot compile the kernel: {(done.stderr.splitlines() or ['?'])[0]}")
+            os.replace(built, path)
+    return path
+
+
+def c_arguments(args: tuple) -> list:
+    """Arrays as pointers, numpy scalars as C numbers, None as a null pointer."""
+    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
+    return [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
+            types[type(a)](a) if a is not None else None for a in args]
+
+
+class CLauncher:
+    """Runs kernels on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
+
+    xp = np
+
+    def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
+        """source: see `kernel_source`; flags: for the compiler. Raises UserError."""
+        self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
+        sizes = np.zeros(len(Sizes._fields), np.int32)
+        self.lib.sizes(*c_arguments((sizes,)))
+        self.sizes = Sizes(*sizes.tolist())
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
+
+    def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
+        """Run tasks of a kernel; it writes to the arrays themselves."""
+        kernel, argv, count = getattr(self.lib, name), c_arguments(args), len(tasks)
+        pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
+
+        def run(i: int) -> None:
+            scratch = np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8)
+            kernel(*argv, tasks.start + i * count // pieces, tasks.start + (i + 1) * count // pieces,
+                   ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
+
+        list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
+
+
+def cuda_trouble(e: Exception) -> UserError:
+    """What to do about an error of CuPy's."""
+    text = f"{type(e).__name__}: {e}".lower().replace("_", "").replace(" ", "")
+    for sign, remedy in {
+        "outofmemory": "is out of memory: stop other programs on it, or use a smaller --dim, --layers or --population",
+        "nvrtc": "needs NVIDIA's compiler library NVRTC: pip install nvidia-cuda-nvrtc-cu12",
+        "insufficientdriver": "has too old a driver for this CuPy: update the NVIDIA driver",
+    }.items():
+        if sign in text:
+            return UserError(f"the GPU {remedy}; or use --backend c")
+    return UserError(f"the GPU failed ({(str(e).splitlines() or [type(e).__name__])[0]}): use --backend c")
+
+
+# Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
+CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+
+
+class CudaLauncher:
+    """Runs kernels on the GPU: as many blocks as it holds at once, which take the tasks in turn."""
+
+    def __init__(self, source: str) -> None:
+        """source: see `kernel_source`. Raises UserError."""
+        import cupy  # type: ignore
+
+        try:
+            device, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
+            room = device["MaxSharedMemoryPerBlockOptin"]
+            # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
+            cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
+            module, sizes = cupy.cuda.function.Module(), cupy.zeros(len(Sizes._fields), np.int32)
+            module.load(cubin)
+            module.get_function("sizes")((1,), (1,), (sizes,))
+            self.xp, self.sizes = cupy, Sizes(*sizes.get().tolist())
+            self.kernels: dict[str, tuple[Any, int, int]] = {}
+            scratch, s = 0, self.sizes
+            for name, slow, fast in ("score", s.task, s.fast), ("update", s.update, s.update), ("pack", 0, 0):
+                kernel, shared = module.get_function(name), fast if fast <= room else 0
+                driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+                blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                    kernel.ptr, self.sizes.threads, shared)
+                free = cupy.cuda.runtime.memGetInfo()[0] // 2
+                blocks = max(1, min(blocks, free // max(1, slow)))
+                self.kernels[name] = kernel, blocks, shared
+                scratch = max(scratch, blocks * slow)
+            self.scratch = cupy.empty(scratch, np.uint8)
+        except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
+            raise cuda_trouble(e) from None
+        self.kept: dict[int, tuple[np.ndarray, Any]] = {}
+
+    def put(self, a: Any) -> Any:
+        """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
+        if not isinstance(a, np.ndarray):
+            return np.uintp(0) if a is None else a
+        if a.flags.writeable:
+            return self.xp.asarray(a)
+        if id(a) not in self.kept:
+            self.kept[id(a)] = (a, self.xp.asarray(a))
+        return self.kept[id(a)][1]
+
+    def __call__(self, name: str, tasks: range, args: tuple, out: list) -> None:
+        """Run tasks of a kernel, then copy back what is in `out` and not on the device."""
+        kernel, blocks, shared = self.kernels[name]
+        try:
+            there = [self.put(a) for a in args]
+            kernel((max(1, min(blocks, len(tasks))),), (self.sizes.threads,),
+                   (*there, np.int32(tasks.start), np.int32(tasks.stop), self.scratch), shared_mem=shared)
+            for a, device in zip(args, there, strict=True):
+                if isinstance(a, np.ndarray) and any(a is o for o in out):
+                    a[...] = device.get()
+        except Exception as e:  # noqa: BLE001
+            raise cuda_trouble(e) from None
 
 
 def cuda_device(local: int = 0) -> None:
