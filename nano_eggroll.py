@@ -2907,7 +2907,7 @@ def plot(out: Path, marks: dict[str, float], task: Task, title: str) -> None:
     for column, color, width in zip(task.columns, ("0.75", "C0"), (1.5, 3), strict=True):
         label = column.replace("train_", "training ").replace("val_", "validation ")
         ax.plot(tokens, [float(row[column]) for row in rows], label=label, color=color, linewidth=width, marker=".")
-    for name, bits in marks.items():
+    for name, bits in list(marks.items())[1:]:  # uniform is off the picture
         ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
         ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
     ax.set(xlabel="tokens read by the population", ylabel=task.unit, title=title, xscale="log")
