@@ -2137,7 +2137,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(backend, 
 @pytest.fixture
 def run_dir(prose, tmp_path, capsys):
     """A run of 20 steps that was stopped after its tenth, and the last lines of one that was not."""
-    args = [*QUICK, "--steps", "20", "--data", str(prose), "--backend", "numpy"]
+    args = [*QUICK, "--vocab", "bytes", "--steps", "20", "--data", str(prose), "--backend", "numpy"]
     assert E.main([*args, "--out", str(tmp_path / "whole")]) == 0
     whole = capsys.readouterr().out.splitlines()[-2:]
     step = E.es_step
@@ -2249,7 +2249,8 @@ def test_changed_data_are_refused(run_dir, prose, capsys):
 
 def main_after(preparation, args):
     """Run the command line in a process of its own that has first done something to itself."""
-    code = (f"import encodings.cp437, fcntl, os, resource, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+    code = ("import encodings.cp437, encodings.utf_16_le, fcntl, os, resource, sys\n"
+            f"sys.path.insert(0, {str(HERE)!r})\n"
             f"import nano_eggroll as E\n{preparation}\nsys.exit(E.main({list(map(str, args))!r}))")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
@@ -2333,7 +2334,7 @@ def test_checkpoints_are_at_most_half_a_minute_apart(prose, tmp_path, monkeypatc
 
 def test_a_validation_that_fails_is_made_up_for(prose, tmp_path, monkeypatch, capsys):
     """After half a minute without one, a checkpoint comes before the validation, too; here always."""
-    args = [*QUICK, "--steps", "60", "--data", str(prose), "--backend", "numpy"]
+    args = [*QUICK, "--vocab", "bytes", "--steps", "60", "--data", str(prose), "--backend", "numpy"]
     assert E.main([*args, "--out", str(tmp_path / "whole")]) == 0
     whole, clock, evaluate = capsys.readouterr().out.splitlines(), itertools.count(step=40), E.evaluate
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -2477,7 +2478,7 @@ def test_rewards_that_are_no_number_are_left_out_counted_and_reported(bad, tmp_p
 
 def test_what_goes_wrong_with_the_numbers_is_said_once(prose, tmp_path, monkeypatch, capsys):
     """Weights at their limit, activations that int8 rounds away, pairs that are all equal; and none of it at first."""
-    base = [*QUICK[:-4], "--steps", "6", "--data", str(prose), "--backend", "numpy", "--threads", "1"]
+    base = [*QUICK[:-4], "--vocab", "bytes", "--steps", "6", "--data", str(prose), "--backend", "numpy"]
     assert E.main([*base, "--lr", "1", "--out", str(tmp_path / "sound")]) == 0
     assert "note" not in capsys.readouterr().err
     assert E.main([*base, "--lr", "100", "--out", str(tmp_path / "wild")]) == 0
