@@ -2282,7 +2282,7 @@ def test_a_read_only_folder_is_said(run_dir, prose, capsys):
         out.chmod(0o555)
         another = "os.getuid() or os.setuid(65534)"
         for args in ["--resume", "--out", out], ["--out", out / "new"]:
-            done = main_after(another, [*args, "--data", text, "--backend", "numpy"])
+            done = main_after(another, [*args, "--data", text, "--vocab", "bytes", "--backend", "numpy"])
             assert done.returncode == 2
             assert "cannot write to" in done.stderr
             assert done.stderr.count("\n") == 1
