@@ -1841,6 +1841,20 @@ def test_the_example_of_the_readme_learns(capsys):
     assert means[-1] > 2 * means[0] > 2
 
 
+@needs_c
+def test_what_the_readme_says_of_memory_can_be_measured(tmp_path, capsys, monkeypatch):
+    """Its code runs as it stands there: never to zero the state is the same with and without the token shifts."""
+    monkeypatch.chdir(tmp_path)
+    assert E.main([*small(tmp_path)[:-2], "--out", "out"]) == 0
+    capsys.readouterr()
+    code = re.search(r"\n\n((?:    .*\n|\n)*?    def bits\((?:.*\n)+?(?:    .*\n|\n)*?    print\(bits.*\n)",
+                     (HERE / "README.md").read_text())[1]
+    exec("\n".join(line[4:] for line in code.splitlines()), {})  # noqa: S102
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:9]]
+    assert rows[-1][1] == rows[-1][2]
+    assert all(len({row[i] for row in rows}) > 5 for i in (1, 2))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Many processes
 
