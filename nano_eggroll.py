@@ -5,7 +5,7 @@
 """nano_eggroll: train an int8 RWKV-7 language model with EGGROLL, in one file, without backpropagation.
 
     python nano_eggroll.py                              train on data/tales.txt (about 3 minutes on 2 cores), then write
-    python nano_eggroll.py --data book.txt --out book   train on your own bytes
+    python nano_eggroll.py --data book.txt --out book   train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load out/model.npz --eval
     python nano_eggroll.py --load out/model.npz --task sums                train on rewards
@@ -2182,8 +2182,7 @@ TOKENS, MOST_TOKENS = 256, 4096  # of a learned vocabulary, by default and at mo
 class Vocab:
     """Tokens and their bytes: those of a text and merged pairs of tokens; or of a file, like the RWKV World models'."""
 
-    def __init__(self, path: Path | None = None, known: bytes = BYTES,
-                 merges: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(self, path: Path | None = None, known: bytes = BYTES, merges: Sequence[Sequence[int]] = ()) -> None:
         """Bytes and merges as of `learn_merges`, or a file with lines of the form: id 'Python literal' length-in-bytes.
 
         Raises UserError.
@@ -2259,7 +2258,8 @@ def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
     """
     words = Counter(m[0] for m in re.finditer(rb" ?[A-Za-z\x80-\xff]+", text[:2**24]))
     often, V, merges = np.array([0, *words.values()]), len(known) + max(0, size), list[list[int]]()
-    units = "".join(chr(V) + Vocab(None, known).units(word) for word in words)  # a V starts each word
+    units_of = Vocab(None, known).units
+    units = "".join(chr(V) + units_of(word) for word in words)  # a V starts each word
     while len(merges) < size:
         tokens = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
         left, right, word = tokens[:-1], tokens[1:], np.cumsum(tokens == V)
