@@ -1751,7 +1751,7 @@ def test_main_trains_on_rewards_resumes_and_validates(tmp_path, monkeypatch, cap
 def test_a_model_keeps_the_tokens_that_it_learned(tmp_path, capsys):
     """They are those of its first text: --resume, --load, --eval and --sample never learn others."""
     book, other = tmp_path / "book", tmp_path / "other"
-    book.write_bytes(b"the cat sat on the mat and the rat sat on the cat. " * 50)
+    book.write_bytes(b"the cat sat on the mat and the rat sat on the cat. " * 50 + b"zigzag " * 40)
     other.write_bytes(b"the hens met a man on the mat\n" * 100)
     args = small(tmp_path, "--data", str(book), "--vocab", "30")
     assert E.main(args) == 0
@@ -1760,6 +1760,7 @@ def test_a_model_keeps_the_tokens_that_it_learned(tmp_path, capsys):
     known = bytes(sorted(set(book.read_bytes() + b"\n")))
     assert model.extra["known"] == known.hex()
     assert model.extra["merges"] == E.learn_merges(E.read_text(book)[0], known, 30 - len(known))
+    assert model.extra["merges"] != E.learn_merges(book.read_bytes(), known, 30 - len(known))  # no look at the rest
     assert model.cfg.vocab == 30
     load = ["--load", str(tmp_path / "run" / "model.npz")]
     assert E.main([*load, "--data", str(book), "--eval"]) == 0
