@@ -1878,7 +1878,7 @@ class Team:
                 host(model.q)  # waits for a GPU
         self.took[split] = min(self.took[split], time.perf_counter() - began)
         if check:
-            text = np.arange(17, dtype=np.uint16) % np.uint16(model.cfg.vocab)
+            text = (np.arange(17) % model.cfg.vocab).astype(np.uint16)
             cost = backend.score(model, text, np.zeros(2, np.int64), 16, (seed, model.step, 1.0))
             self.agree(f"weights or scores in step {model.step}", (model.sha256(*ARRAYS), cost.tolist()))
             self.speed = np.array(self.comm.allgather(self.scored / max(self.seconds, 1e-9) or 1.0))
