@@ -2057,6 +2057,20 @@ def test_a_process_that_differs_ends_the_job_with_its_name(name, prose, tmp_path
 
 
 @needs_mpi
+def test_a_team_trains_the_largest_vocabulary():
+    """Its own check of weights and scores reads tokens, of which the World models have all that uint16 can number."""
+    code = """if True:
+        import nano_eggroll as E
+        team, cfg = E.Team(E.mpi()), E.Config(dim=2, layers=1, head_size=1, vocab=65536, ffn=2, lora=(1, 1, 1, 1))
+        model = E.new_model(cfg, 0)
+        backend, es = E.NumpyBackend(cfg, 1), E.ES(population=8, steps=2)
+        E.evolve(model, lambda members: members.numbers % 5, es, backend, team=team)
+        print(model.sha256())"""
+    out, err = mpiexec((2, ["-c", code])).communicate(timeout=60)
+    assert len(set(out.split())) == 1, err
+
+
+@needs_mpi
 @needs_c
 def test_a_killed_process_ends_the_job_and_another_number_of_them_goes_on(prose, tmp_path, capsys):
     args = [*QUICK, "--steps", "4000", "--data", str(prose)]
