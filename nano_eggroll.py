@@ -2660,9 +2660,9 @@ def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, se
 
 def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *args: Any, **how: Any) -> None:
     """Print a prompt and its continuation, as it comes; the other arguments are those of `generate`."""
-    print("--- sample\n" + prompt, end="")
     tokens = vocab.encode(prompt.encode(errors="surrogateescape"))
     tokens = tokens if len(tokens) else np.array([vocab.end], np.uint16)
+    print("--- sample\n" + prompt, end="")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in generate(model, backend, tokens, *args, **how):
         text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
@@ -2799,7 +2799,7 @@ class Asking:
     group_size: int = 2  # members who get the same problem
     length: int = 0  # tokens of an answer, at most; by default 4 for sums, 256 for others
     temperature: float = 0.0
-    stop: str = ""  # text of the token that ends an answer; by default a newline or, with --vocab, the end of text
+    stop: str = ""  # text of the token that ends an answer; by default a newline, with a --vocab file the end of text
 
 
 @dataclass
@@ -3219,7 +3219,7 @@ OPTIONS: dict[str, tuple[type, str]] = {  # type and help, in brackets what is d
     "group_size": (int, "members who get the same problem, an even number"),
     "length": (int, "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)"),
     "temperature": (float, "of answers, 0 for the likeliest token (0), or of a sample (0.7)"),
-    "stop": (str, "the token that ends an answer (newline, or with --vocab end of text)"),
+    "stop": (str, "the token that ends an answer (newline, or with a --vocab file end of text)"),
     "sample": (str, "continue this text with the model of --load"),
     "top_p": (float, "of --sample: draw from the likeliest tokens only, as few as together have this probability (1)"),
     "eval": (bool, "validate the model of --load: bits/byte, or a task's accuracy"),

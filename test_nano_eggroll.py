@@ -1775,7 +1775,9 @@ def test_a_model_keeps_the_tokens_that_it_learned(tmp_path, capsys):
                       (["--data", str(book), "--vocab", "40", "--eval"], "--vocab 40 is not the 30 tokens"),
                       (["--data", str(book), "--vocab", "bytes", "--eval"], "--vocab bytes is not the 30 tokens")):
         assert E.main([*load, *bad]) == 2
-        assert what in capsys.readouterr().err
+        shown = capsys.readouterr()
+        assert what in shown.err
+        assert not shown.out
     assert E.main(["--resume", "--out", str(tmp_path / "run"), "--vocab", "31"]) == 2
     assert E.main(["--resume", "--out", str(tmp_path / "run"), "--vocab", "30"]) == 0
     assert E.main(small(tmp_path, "--out", str(tmp_path / "few"), "--data", str(book), "--vocab", "999")) == 2
