@@ -1533,6 +1533,17 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
 # Backends: `score` runs the population, `update` moves the weights; numpy, c and cuda give the same bits
 
 
+def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
+    """Error feedback: weights model.q[at] take the whole int8 steps of a move, residuals keep the rest.
+
+    move: float [n], in 2^-15 int8 steps, at most 64 whole ones of it.
+    """
+    total = model.residual[at] + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
+    whole = (total + 2**14) >> 15
+    model.residual[at] = total - (whole << 15)
+    model.q[at] = np.clip(model.q[at] + whole, -127, 127)
+
+
 class NumpyBackend:
     """The reference. Works through the population in chunks, so memory is bounded."""
 
@@ -1614,11 +1625,7 @@ class NumpyBackend:
                 fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
                 Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
             at = slice(p.at + own.start * cols, p.at + own.stop * cols)
-            move = np.clip(Z.astype(F32) * F32(gain), F32(-(2**21)), F32(2**21))  # at most 64 steps of 2^15
-            total = model.residual[at] + np.rint(move).astype(np.int32).ravel()
-            whole = (total + 2**14) >> 15
-            model.residual[at] = total - (whole << 15)
-            model.q[at] = np.clip(model.q[at] + whole, -127, 127)
+            feed_back(model, at, Z.astype(F32).ravel() * F32(gain))
 
 
 class KernelBackend:
@@ -3362,8 +3369,9 @@ def run(a: argparse.Namespace, team: Team) -> None:
             return None
     files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
              "--vocab": vocab_file}
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path}
-    for name in hashes if a.resume and not a.eval else ():
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()
+              for name, path in files.items() if path and not a.eval}
+    for name in hashes if a.resume else ():
         if hashes[name] != model.extra["files"].get(name):
             raise UserError(f"{name} {files[name]} is not what the run in {out} began with: put that back, or start a "
                             f"new run from the old one's weights with --load {out / 'model.npz'}")

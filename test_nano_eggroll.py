@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 import zlib
@@ -1832,13 +1833,20 @@ def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
     assert abs(found.pop(plain[0]) - found["base"]) < 0.002 < max(abs(v - found["base"]) for v in found.values())
 
 
+def readme_code(part):
+    """The one piece of code in the README that has this part."""
+    [code] = [code for code in re.findall(r"(?:^(?:    .*)?\n)+", (HERE / "README.md").read_text(), re.MULTILINE)
+              if part in code]
+    return textwrap.dedent(code)
+
+
 @needs_c
 def test_the_example_of_the_readme_learns(capsys):
     """As it stands there, but for fewer steps."""
-    code = re.search(r"\n\n((?:    .*\n|\n)*?    E\.evolve\(.*\n)", (HERE / "README.md").read_text())[1]
+    code = readme_code("E.evolve(")
     assert "steps=300" in code
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    exec("\n".join(line[4:] for line in code.replace("steps=300", "steps=150").splitlines()), {})  # noqa: S102
+    exec(code.replace("steps=300", "steps=150"), {})  # noqa: S102
     means = [float(line) for line in capsys.readouterr().out.split()]
     assert len(means) == 150
     assert means[-1] > 2 * means[0] > 2
@@ -1850,9 +1858,7 @@ def test_what_the_readme_says_of_memory_can_be_measured(tmp_path, capsys, monkey
     monkeypatch.chdir(tmp_path)
     assert E.main([*small(tmp_path)[:-2], "--out", "out"]) == 0
     capsys.readouterr()
-    code = re.search(r"\n\n((?:    .*\n|\n)*?    def bits\((?:.*\n)+?(?:    .*\n|\n)*?    print\(bits.*\n)",
-                     (HERE / "README.md").read_text())[1]
-    exec("\n".join(line[4:] for line in code.splitlines()), {})  # noqa: S102
+    exec(readme_code("def bits("), {})  # noqa: S102
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[:9]]
     assert rows[-1][1] == rows[-1][2]
     assert all(len({row[i] for row in rows}) > 5 for i in (1, 2))

@@ -28,19 +28,16 @@ import nano_eggroll as E
 
 STEPS, SEEDS = 500, range(3)
 rng = np.random.default_rng(0)
-initial, usual_rate = E.new_model, E.ES.rate
-
-
-def kernel(old: str, new: str) -> dict[str, Any]:
-    """Other text in the kernel."""
-    assert old in E.KERNEL
-    return {"KERNEL": E.KERNEL.replace(old, new)}
+initial, usual_rate, usual_signs, usual_factors = E.new_model, E.ES.rate, E.signs, E.factors
 
 
 def bits(levels: int) -> dict[str, Any]:
     """Activations in +-levels instead of +-127."""
-    return {"KERNEL": kernel("inv = 127.0f / top", f"inv = {levels}.0f / top")["KERNEL"].replace(
-        "top * (1.0f / 127)", f"top * (1.0f / {levels})")}
+    text = E.KERNEL
+    for old in "127.0f / top", "top * (1.0f / 127)":
+        assert old in text
+        text = text.replace(old, old.replace("127", str(levels)))
+    return {"KERNEL": text}
 
 
 def weights(*parts: str) -> dict[str, Any]:
@@ -65,11 +62,8 @@ def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any
 
 
 def add(model: E.Model, move: np.ndarray) -> None:
-    """Error feedback, as the file does it."""
-    total = model.residual + np.rint(move * 2**15)
-    whole = np.floor(total / 2**15 + 0.5)
-    model.residual[:] = total - whole * 2**15
-    model.q[:] = (model.q + whole).clip(-127, 127)
+    """Error feedback, as the file does it, of a move in int8 steps."""
+    E.feed_back(model, slice(None), move * 2**15)
 
 
 def threshold(model: E.Model, Z: np.ndarray, lr: float) -> None:
@@ -102,18 +96,18 @@ def rate(schedule: Callable[[float], float]) -> dict[str, Any]:
     same = math.sqrt(statistics.fmean(schedule(i / 1000) ** 2 for i in range(1000)) * 3)
 
     def of(es: E.ES, step: int) -> float:
-        return (es.lr or min(1.5, 16 * math.sqrt(3 / es.steps))) * schedule(step / es.steps) / same
+        return usual_rate(es, 0) * schedule(step / es.steps) / same
     return {"ES.rate": of}
 
 
 def gauss(cfg: E.Config, p: E.Param, keys: tuple, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Normal factors, in steps of 1/8: sums of the signs of 64 entries, see `signs`."""
-    def normal(word: int, n: int) -> np.ndarray:
-        return E.signs(keys, word * 64, 64 * n).reshape(len(keys[0]), n, 64).sum(2, dtype=np.int8)
-    A = np.stack([normal(p.word + k * cfg.sizes[2], p.out) for k in range(rank)], 1)
-    if not p.cols:
-        return A, np.full((len(A), rank, 1), 8, np.int8)
-    return A, np.stack([normal(p.word + k * cfg.sizes[2] + E.words(p.out), p.cols) for k in range(rank)], 1)
+    def normal(keys: tuple, word: int, n: int) -> np.ndarray:
+        return usual_signs(keys, word * 64, 64 * n).reshape(len(keys[0]), n, 64).sum(2, dtype=np.int8)
+
+    with mock.patch.object(E, "signs", normal):
+        A, B = usual_factors(cfg, p, keys, rank)
+    return A, B if p.cols else 8 * B
 
 
 def times(steps: float) -> list[str]:
