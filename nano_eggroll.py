@@ -7,22 +7,19 @@
     python nano_eggroll.py                              train on data/tales.txt (about 3 minutes on 2 cores), then write
     python nano_eggroll.py --data book.txt --out book   train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
-    python nano_eggroll.py --load out/model.npz --eval
     python nano_eggroll.py --load model.npz --task problems.jsonl --reward my.py:reward     train on rewards
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
   1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
      B_i are thin +-1 matrices rebuilt from a seed, and x (W + c A B^T)^T = x W^T + c (x B) A^T, so the big product is
      shared by the whole population and no noise is ever stored.
-  2. Both members of a pair read the same text; d_i says how much better the first one predicted it.
-  3. Every weight moves along sum_i d_i A_i B_i^T: the whole update is one integer matrix product over the population.
+  2. Both members of a pair read the same text; f_i says how much better the first one predicted it.
+  3. Every weight moves along sum_i f_i A_i B_i^T, one integer matrix product over the population. On average that is
+     the direction of the gradient, since the signs of different entries are independent.
   4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
 
-The file has three parts, with double rulers between them:
-  1. The method, in numpy. It is complete: this part alone trains.
-  2. The same, fast: a kernel for any C compiler and for CUDA, which computes the same bits.
-  3. The tool: tokens, checkpoints, several processes, tasks and rewards, the command line.
-This is not a framework: copy what you need.
+Three parts, with double rulers between them: the method, in numpy, which is complete and trains on its own; the same,
+fast, as a kernel for gcc, clang and CUDA, with the same bits; the tool around it. Copy what you need.
 
 Shapes are written with one set of letters, in Python and in the kernel alike: P population (members), T tokens,
 D width, L layers, H heads, N head size, F width of the channel mix, V vocabulary, R rank.
@@ -31,7 +28,6 @@ D width, L layers, H heads, N head size, F width of the channel mix, V vocabular
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +46,6 @@ class UserError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's shape, and the table of its parameters
-
 
 MLPS = "wavg"  # RWKV-7 has four small MLPs: for the decay w, in-context learning rate a, value residual v and gate g
 
@@ -79,7 +74,7 @@ class Sizes(NamedTuple):
     words: int  # of noise, for each pair and rank
 
 
-def words(entries: int) -> int:
+def words_of(entries: int) -> int:
     """How many 32-bit words hold this many +-1 entries."""
     return -(-entries // 32)
 
@@ -99,21 +94,14 @@ class Config:
     def __post_init__(self) -> None:
         """Fill in ffn, and check; raises UserError."""
         object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
-        object.__setattr__(self, "mlp", tuple(self.mlp))
-        object.__setattr__(self, "freeze", tuple(self.freeze))
-        limits = {"dim": (self.dim, 16384), "layers": (self.layers, 256), "vocab": (self.vocab, 65536),
-                  "ffn": (self.ffn, 65536), "head size": (self.head_size, self.dim)}
-        limits |= {f"mlp {n}": (size, 65536) for n, size in zip(MLPS, self.mlp, strict=True)}
-        for name, (value, most) in limits.items():
-            # 65536 inputs x 127 x 255 (a weight + 128) fit the int32 accumulators; twice as many would not.
-            if not 1 <= value <= most:
-                raise UserError(f"{name} {value} is out of range: choose 1 to {most}")
-        if self.dim % self.head_size:
-            raise UserError(f"head size {self.head_size} does not divide the width {self.dim}: choose a divisor of it")
-        if self.sizes.weights >= 2**31:  # offsets are int32
-            raise UserError(f"dim {self.dim} with {self.layers} layers is over 2^31 weights: choose less of either")
-        if not self.sizes.words:
-            raise UserError("every parameter is frozen, which leaves nothing to train: name less")
+        D, N, *others = self.dim, self.head_size, self.layers, self.vocab, self.ffn, *self.mlp
+        # Sums of 65536 inputs x 127 x 255 (a weight + 128) fit the int32 accumulators; twice as many would not.
+        if len(others) != 7 or not 1 <= min(D, N, *others) or max(D, *others) > 2**16 or self.sizes.weights >= 2**31:
+            raise UserError(f"{self} cannot be computed: choose 1 to 65,536 of each, and less than 2^31 weights")
+        if D % N:
+            raise UserError(f"--head-size {N} does not divide --dim {D}: choose a divisor of it")
+        if not self.sizes.words or set(self.freeze) - set(self.params):
+            raise UserError("--freeze must leave something to train, and name parameters of the model")
 
     @cached_property
     def params(self) -> dict[str, Param]:
@@ -123,12 +111,14 @@ class Config:
                   "ln_out.weight": (D, 0), "ln_out.bias": (D, 0), "head.weight": (V, D)}
         for layer in range(self.layers):
             block: dict[str, tuple[int, int]] = {}
-            for n, size in zip(MLPS, self.mlp, strict=True):  # the official files store w1, w2, ... transposed
-                block |= {f"att.{n}0": (D, 0), f"att.{n}1": (size, D), f"att.{n}2": (D, size)}
-            del block["att.g0"]  # the gate has no bias, and
+            for n, size in zip(MLPS, self.mlp):
+                if n != "g":  # the gate has no bias
+                    block[f"att.{n}0"] = (D, 0)
+                block |= {f"att.{n}1": (size, D), f"att.{n}2": (D, size)}  # the official files have them transposed
             if layer == 0:  # the value residual starts at the second layer
-                del block["att.v0"], block["att.v1"], block["att.v2"]
-            block |= {f"att.x_{n}": (D, 0) for n in "rwkvag"} | {f"att.{n}": (D, 0) for n in ("k_k", "k_a", "r_k")}
+                block = {name: shape for name, shape in block.items() if not name.startswith("att.v")}
+            block |= {f"att.x_{n}": (D, 0) for n in "rwkvag"}  # in a row, as the kernel's token_shift takes them
+            block |= {f"att.{n}": (D, 0) for n in ("k_k", "k_a", "r_k")}
             block |= {f"att.{n}.weight": (D, D) for n in ("receptance", "key", "value", "output")}
             block |= {f"{n}.{p}": (D, 0) for n in ("ln1", "ln2", "att.ln_x") for p in ("weight", "bias")}
             block |= {"ffn.x_k": (D, 0), "ffn.key.weight": (F, D), "ffn.value.weight": (D, F)}
@@ -139,20 +129,19 @@ class Config:
             table[name] = Param(name, out, cols, at, row, -1 if frozen else word)
             at += -(-out * max(cols, 1) // 16) * 16
             row += out
-            word += 0 if frozen else words(out) + words(cols)
+            word += 0 if frozen else words_of(out) + words_of(cols)
         return table
 
     @cached_property
     def sizes(self) -> Sizes:
         """How much of everything there is."""
         last = list(self.params.values())[-1]
-        return Sizes(last.at + -(-last.size // 16) * 16 + 16, last.row + last.out,
-                     max(p.word + words(p.out) + words(p.cols) if p.word >= 0 else 0 for p in self.params.values()))
+        used = sum(words_of(p.out) + words_of(p.cols) for p in self.params.values() if p.word >= 0)
+        return Sizes(last.at + -(-last.size // 16) * 16 + 16, last.row + last.out, used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise: a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
-
 
 Keys = tuple[np.ndarray, np.ndarray]  # of the noise of n pairs: uint32 [n], uint32 [n]
 
@@ -179,7 +168,7 @@ def noise_words(keys: Keys, word: np.ndarray) -> np.ndarray:
 
 def signs(keys: Keys, word: int, entries: int) -> np.ndarray:
     """+-1 entries of n pairs, starting at a word of their streams -> int8 [n, entries]."""
-    h = noise_words(keys, word + np.arange(words(entries)))
+    h = noise_words(keys, word + np.arange(words_of(entries)))
     bit = (h[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
     return (2 * bit.reshape(len(h), -1)[:, :entries].astype(np.int8) - 1).astype(np.int8)
 
@@ -190,12 +179,11 @@ def factors(cfg: Config, p: Param, keys: Keys, rank: int) -> tuple[np.ndarray, n
     A = np.stack([signs(keys, w, p.out) for w in at], 1)
     if not p.cols:
         return A, np.ones((len(A), rank, 1), np.int8)
-    return A, np.stack([signs(keys, w + words(p.out), p.cols) for w in at], 1)
+    return A, np.stack([signs(keys, w + words_of(p.out), p.cols) for w in at], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: int8 with a fixed scale per row
-
 
 @dataclass
 class Model:
@@ -267,13 +255,12 @@ def new_model(cfg: Config, seed: int) -> Model:
 # Arithmetic that gives the same bits everywhere: every operation below is one IEEE-754 float32 operation (no fused
 # multiply-add), in a stated order. The kernel repeats these functions line by line.
 
-
 LOG2E = F32(1.4426950408889634)
 EXP2 = [F32(math.log(2) ** n / math.factorial(n)) for n in range(7)]  # Taylor: 2^f, |f| <= 1/2, relative error 2e-7
 LOG2 = [F32(2 / math.log(2) / n) for n in (1, 3, 5, 7)]  # log2 m = 2/ln 2 (s + s^3/3 + s^5/5 + ...), s = (m-1)/(m+1)
 MAGIC = F32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer, ties to even
 BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
-MAX_BITS = F32(63)  # a token costs at most this much, so int32 holds the loss of 8,191 tokens
+MAX_BITS = F32(63)  # a token costs at most this much
 
 
 def ordered_sum(x: np.ndarray) -> np.ndarray:
@@ -325,19 +312,18 @@ def normalise(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.nda
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127, float32 [..., n], scale [..., 1]."""
-    top = np.maximum(np.abs(x).max(-1, keepdims=True), F32(1e-30))  # for nothing but zeros any scale but zero will do
+    """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127, float32 [..., n]; scale [..., 1]."""
+    top = np.maximum(np.abs(x).max(-1, keepdims=True), F32(1e-30))  # if all are zero, any scale but zero will do
     return np.rint(x * (F32(127) / top)), top * F32(1 / 127)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One token of the population: RWKV-7 as in its paper (arXiv 2503.14456), an RNN. An array's first axis is the member.
 
+LowRank = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # name -> (c A [P, out], B [P, cols]) of each rank
 
-Noise = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # name -> (c A [P, out], B [P, cols]) of each rank
 
-
-def draw_noise(cfg: Config, rank: int, member: np.ndarray, seed: int, step: int, sigma: float) -> Noise:
+def draw(cfg: Config, rank: int, member: np.ndarray, seed: int, step: int, sigma: float) -> LowRank:
     """What makes members [P] out of one model: pair i's c A B^T is added in member 2i and subtracted in 2i+1.
 
     c = sigma / sqrt(R), so that the sum of R products of +-1 has the size sigma, in int8 steps. Float32; nothing where
@@ -345,62 +331,59 @@ def draw_noise(cfg: Config, rank: int, member: np.ndarray, seed: int, step: int,
     """
     keys = pair_keys(seed, step, member // 2)
     c = np.where(member % 2, -1, 1).astype(F32)[:, None] * F32(sigma / math.sqrt(rank))
-    noise: Noise = {name: [] for name in cfg.params}
+    low_rank: LowRank = {name: [] for name in cfg.params}
     for name, p in cfg.params.items():
         if sigma and p.word >= 0:
             A, B = factors(cfg, p, keys, rank)
-            noise[name] = [(c * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(rank)]
-    return noise
+            low_rank[name] = [(c * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(rank)]
+    return low_rank
 
 
-def vector(model: Model, noise: Noise, name: str) -> np.ndarray:
+def vector(model: Model, low_rank: LowRank, name: str) -> np.ndarray:
     """A vector parameter of each member, float32 [P, D], or [1, D] where all have the same."""
     q = model.weight(name).astype(F32)[None]
-    for cA, _ in noise[name]:
+    for cA, _ in low_rank[name]:
         q = q + cA
     return q * model.scales(name)
 
 
-def linear(model: Model, noise: Noise, name: str, x: np.ndarray) -> np.ndarray:
-    """X (W + c A B^T)^T = x W^T + c (x B) A^T, [P, cols] -> [P, out]: an int8 product for all, R dot products for each.
-
-    The update, further down, is what moves W along the same A B^T.
-    """
-    q, scale = quantise(x)
+def linear(model: Model, low_rank: LowRank, name: str, x: np.ndarray) -> np.ndarray:
+    """x (W + c A B^T)^T = x W^T + c (x B) A^T, [P, cols] -> [P, out]: a product for all, R dot products for each."""
+    q, x_scale = quantise(x)
     # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
     exact = F32 if x.shape[-1] * 127 * 127 < 2**24 else np.float64
     y = (q.astype(exact) @ model.weight(name).T.astype(exact)).astype(F32)
-    for cA, B in noise[name]:
+    for cA, B in low_rank[name]:
         y = y + (q * B).sum(1, keepdims=True) * cA
-    return y * model.scales(name) * scale
+    return y * model.scales(name) * x_scale
 
 
-def embedding(model: Model, noise: Noise, token: np.ndarray) -> np.ndarray:
+def embedding(model: Model, low_rank: LowRank, token: np.ndarray) -> np.ndarray:
     """Row token[m] of member m's embedding, [P] -> [P, D]."""
     x = model.weight("emb.weight")[token].astype(F32)
-    for cA, B in noise["emb.weight"]:
+    for cA, B in low_rank["emb.weight"]:
         x = x + np.take_along_axis(cA, token[:, None], 1) * B
     return x * model.scales("emb.weight")[token, None]
 
 
 def zero_state(cfg: Config, members: int) -> np.ndarray:
-    """The recurrent state before the first token, float32 [P, L, 2 + N, D]: two token shifts, and S of all heads."""
+    """The state before the first token, float32 [P, L, 2 + N, D]: two token shifts [D], S [H, N (value), N (key)]."""
     return np.zeros((members, cfg.layers, 2 + cfg.head_size, cfg.dim), F32)
 
 
-def step(model: Model, noise: Noise, token: np.ndarray, state: np.ndarray) -> np.ndarray:
+def step(model: Model, low_rank: LowRank, token: np.ndarray, state: np.ndarray) -> np.ndarray:
     """Next-token logits: token [P] -> float32 [P, V]; state (see `zero_state`) is updated in place."""
     def layer_norm(name: str, x: np.ndarray) -> np.ndarray:
-        w, b = (vector(model, noise, f"{name}.{part}") for part in ("weight", "bias"))
+        w, b = (vector(model, low_rank, f"{name}.{part}") for part in ("weight", "bias"))
         return normalise(x, w, b, 1e-5)
 
-    x = layer_norm("blocks.0.ln0", embedding(model, noise, token.astype(np.int64)))
+    x = layer_norm("blocks.0.ln0", embedding(model, low_rank, token.astype(np.int64)))
     v_first = None  # the first layer's value, to which the others are drawn
     for i in range(model.cfg.layers):
-        y, v_first = time_mix(model, noise, i, layer_norm(f"blocks.{i}.ln1", x), state[:, i], v_first)
+        y, v_first = time_mix(model, low_rank, i, layer_norm(f"blocks.{i}.ln1", x), state[:, i], v_first)
         x = x + y
-        x = x + channel_mix(model, noise, i, layer_norm(f"blocks.{i}.ln2", x), state[:, i])
-    return linear(model, noise, "head.weight", layer_norm("ln_out", x))
+        x = x + channel_mix(model, low_rank, i, layer_norm(f"blocks.{i}.ln2", x), state[:, i])
+    return linear(model, low_rank, "head.weight", layer_norm("ln_out", x))
 
 
 def token_shift(x: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -410,14 +393,14 @@ def token_shift(x: np.ndarray, before: np.ndarray) -> np.ndarray:
     return dx
 
 
-def time_mix(model: Model, noise: Noise, layer: int, x: np.ndarray, state: np.ndarray,
+def time_mix(model: Model, low_rank: LowRank, layer: int, x: np.ndarray, state: np.ndarray,
              v_first: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """What takes the place of attention: a matrix S of each head, updated by a generalised delta rule, is read by r."""
     def vec(name: str) -> np.ndarray:
-        return vector(model, noise, f"blocks.{layer}.att.{name}")
+        return vector(model, low_rank, f"blocks.{layer}.att.{name}")
 
     def lin(name: str, x: np.ndarray) -> np.ndarray:
-        return linear(model, noise, f"blocks.{layer}.att.{name}", x)
+        return linear(model, low_rank, f"blocks.{layer}.att.{name}", x)
 
     def heads(z: np.ndarray) -> np.ndarray:
         return z.reshape(len(z), -1, model.cfg.head_size)  # [P, D] -> [P, H, N]
@@ -439,7 +422,7 @@ def time_mix(model: Model, noise: Noise, layer: int, x: np.ndarray, state: np.nd
     kk = kk * (F32(1) / np.maximum(np.sqrt(ordered_sum(kk * kk)), F32(1e-12)))[..., None]
     k = k * (F32(1) + (a - F32(1)) * vec("k_a"))
 
-    # S <- S diag(w) - (S kk) b^T + v k^T, then y = S r; S is [P, H, N (value), N (key)]
+    # S <- S diag(w) - (S kk) b^T + v k^T, then y = S r; S is a view of the state, [P, H, N (value), N (key)]
     r, w, k, v_, b = heads(r), heads(w), heads(k), heads(v), kk * heads(a)
     S = state[:, 2:].reshape(len(x), -1, model.cfg.head_size, model.cfg.head_size)
     column, row = np.s_[..., None], np.s_[..., None, :]
@@ -450,12 +433,13 @@ def time_mix(model: Model, noise: Noise, layer: int, x: np.ndarray, state: np.nd
     return lin("output.weight", y.reshape(x.shape) * g), v_first
 
 
-def channel_mix(model: Model, noise: Noise, layer: int, x: np.ndarray, state: np.ndarray) -> np.ndarray:
+def channel_mix(model: Model, low_rank: LowRank, layer: int, x: np.ndarray, state: np.ndarray) -> np.ndarray:
     """W_value max(W_key x, 0)^2, of x mixed with that of the token before."""
     n = f"blocks.{layer}.ffn"
-    k = linear(model, noise, f"{n}.key.weight", x + token_shift(x, state[:, 1]) * vector(model, noise, f"{n}.x_k"))
+    xk = x + token_shift(x, state[:, 1]) * vector(model, low_rank, f"{n}.x_k")
+    k = linear(model, low_rank, f"{n}.key.weight", xk)
     k = np.maximum(k, F32(0))
-    return linear(model, noise, f"{n}.value.weight", k * k)
+    return linear(model, low_rank, f"{n}.value.weight", k * k)
 
 
 def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -481,19 +465,13 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 # ---------------------------------------------------------------------------------------------------------------------
 # The population and the update, in numpy. Part 2 has the same two methods as a kernel.
 
-
 UNIT = 32  # an update is shared out by this many rows of a matrix, those of one noise word, or by whole vectors
 
 
-def update_units(cfg: Config) -> tuple[list[tuple[Param, int]], np.ndarray]:
-    """The units of an update, parameter and first row; those of frozen parameters come last.
-
-    And where, in the flat buffer, those that are trained begin, and the last of them ends.
-    """
-    units = [(p, row) for p in sorted(cfg.params.values(), key=lambda p: p.word < 0)
-             for row in range(0, p.out if p.cols else 1, UNIT)]
-    trained = [(p, row) for p, row in units if p.word >= 0]
-    return units, np.array([p.at + row * p.cols for p, row in trained] + [trained[-1][0].at + trained[-1][0].size])
+def update_units(cfg: Config, frozen: bool = False) -> list[tuple[Param, int]]:
+    """The units of an update: each parameter that is trained (or is frozen), and a first row of it."""
+    return [(p, row) for p in cfg.params.values() if (p.word < 0) == frozen
+            for row in range(0, p.out if p.cols else 1, UNIT)]
 
 
 def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
@@ -514,8 +492,7 @@ class NumpyBackend:
 
     def __init__(self, cfg: Config, rank: int) -> None:
         """cfg: of the models to run; rank: of their perturbations."""
-        self.cfg, self.rank = cfg, rank
-        self.units, self.starts = update_units(cfg)
+        self.cfg, self.rank, self.units = cfg, rank, update_units(cfg)
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
              noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
@@ -525,18 +502,18 @@ class NumpyBackend:
         Run i is member[i] (int64 [n]) reading text[start[i]:] (uint16 tokens; int64 [n]): it must predict what follows
         each of T tokens. Any member may have any number of runs. noise: (seed, step, sigma), sigma 0 for the model
         itself. With given (int32 [n], at least 1) only so many tokens are there, and the run writes what follows into
-        text, see `choose`: up to `length` tokens or the token `stop` (-1: none), which are what it pays for. state (see
-        `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled.
+        text, see `choose`: up to `length` tokens or the token `stop` (-1: none), and then it is done. state (see
+        `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done.
         """
         cfg, cost = self.cfg, np.zeros(len(start), np.int32)
         state = zero_state(cfg, len(start)) if state is None else state
         given = np.full(len(start), T + 1, np.int32) if given is None else given
-        some = max(1, min(256, 2**25 // state[:1].size))  # runs at a time, so that memory is bounded
+        some = max(1, min(256, 2**25 // zero_state(cfg, 1).size))  # runs at a time, so that memory is bounded
         for part in (slice(i, i + some) for i in range(0, len(start), some)):
             at, done = start[part], np.zeros(len(start[part]), bool)
-            drawn, keys = draw_noise(cfg, self.rank, member[part], *noise), pair_keys(*noise[:2], member[part] // 2)
+            low_rank, keys = draw(cfg, self.rank, member[part], *noise), pair_keys(*noise[:2], member[part] // 2)
             for t in range(T):
-                z = step(model, drawn, text[at + t], state[part])
+                z = step(model, low_rank, text[at + t], state[part])
                 own = ~done & (given[part] <= t + 1)  # the runs that write this token
                 if own.any():
                     word = self.rank * cfg.sizes.words + t * cfg.vocab  # beyond the noise of the weights
@@ -554,20 +531,18 @@ class NumpyBackend:
                units: range | None = None) -> None:
         """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps).
 
-        units: numbers of those `update_units` that are moved, by default all.
+        f: -127 to 127; units: numbers of those `update_units` that are moved, by default all.
         """
-        taken = [self.units[i] for i in (range(len(self.starts) - 1) if units is None else units)]
-        for p, group in itertools.groupby(taken, lambda unit: unit[0]):
-            rows, cols = [row for _, row in group], max(p.cols, 1)
-            own = slice(rows[0], min(rows[-1] + UNIT, p.out) if p.cols else p.out)
-            Z = np.zeros((own.stop - own.start, cols), np.int32)
+        for p, row in self.units if units is None else self.units[units.start:units.stop]:
+            rows, cols = (min(UNIT, p.out - row), p.cols) if p.cols else (p.out, 1)
+            Z = np.zeros((rows, cols), np.int32)
             for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
                 part = f[i:i + 256]
                 A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
-                fA = (part[:, None, None] * A[..., own].astype(F32)).reshape(-1, len(Z))
-                Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
-            at = slice(p.at + own.start * cols, p.at + own.stop * cols)
-            feed_back(model, at, Z.astype(F32).ravel() * F32(gain))
+                fA = (part[:, None, None] * A[..., row:row + rows].astype(F32)).reshape(-1, rows)
+                Z += (fA.T @ B.astype(F32).reshape(len(fA), cols)).astype(np.int32)
+            at = p.at + row * cols
+            feed_back(model, slice(at, at + Z.size), Z.astype(F32).ravel() * F32(gain))
 
 
 Backend = Any  # NumpyBackend, or one of part 2 with the same methods
@@ -577,32 +552,24 @@ default_backend: Callable[[Config, int], Backend] = NumpyBackend  # part 2 puts 
 # ---------------------------------------------------------------------------------------------------------------------
 # The evolution strategy
 
-
 @dataclass(frozen=True)
 class ES:
     """The settings of a run."""
 
-    population: int = 1024  # P, even: members come in antithetic pairs
-    rank: int = 1  # R
-    tokens: int = 128  # T, read by each member in a step
-    steps: int = 8000
-    sigma: float = 1.0  # of a perturbation's entries, in int8 steps
-    lr: float = 0.0  # in int8 steps; 0 chooses it from the number of steps, see `rate`
-    seed: int = 0
+    population: int = 1024  # P, an even number of members
+    rank: int = 1  # R, of the perturbations, 1 to 8
+    tokens: int = 128  # T, length of the text that each member reads in a step
+    steps: int = 8000  # updates
+    sigma: float = 1.0  # size of the perturbations, in int8 steps
+    lr: float = 0.0  # learning rate, in int8 steps (from --steps)
+    seed: int = 0  # of weights, noise, sampling and order of the data
 
     def __post_init__(self) -> None:
         """Check; raises UserError."""
-        # 127 pairs x rank must fit int32 in Z, and T losses of 63 bits in a score
-        limits = {"population": 2**21, "rank": 8, "tokens": 4096, "steps": 2**31, "sigma": 127}
-        for name, most in limits.items():
-            if not 0 < getattr(self, name) <= most:
-                raise UserError(f"--{name} {getattr(self, name)} is out of range: choose more than 0, at most {most}")
-        if not 0 <= self.lr <= 127:
-            raise UserError(f"--lr {self.lr} is out of range: choose 0 to 127")
         if self.population % 2:
             raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} is out of range: choose 0 to {2**32 - 1}")
+        if min(self.population, self.rank, self.tokens, self.steps) < 1 or not 0 <= self.seed < 2**32:
+            raise UserError(f"{self} cannot be run: choose 1 or more of each, and a seed of 32 bits")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: lr, falling linearly to 0.
@@ -610,7 +577,7 @@ class ES:
         A weight that sees only noise moves by a normal deviate of this size (in int8 steps), so it ends about
         lr sqrt(steps / 3) from its start. The default makes that 16, and is at most 1.5.
         """
-        return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * (1 - step / self.steps)
+        return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * max(0, 1 - step / self.steps)
 
 
 def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
@@ -626,14 +593,11 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
     """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
-    total = d.astype(float) ** 2
-    while (half := len(total) // 2):  # a stated order, so the bits are the same everywhere
-        total = np.append(total[:half] + total[half:2 * half], total[2 * half:])
-    rms = math.sqrt(total[0] / len(d))
+    rms = math.sqrt(math.fsum(d.astype(float) ** 2) / len(d))  # fsum rounds once, so its bits are the same everywhere
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
-LONGEST = 8192  # tokens of a prompt and its answer
+LONGEST = 8192  # tokens of a text, or of a prompt and its answer; int32 holds what they can cost
 
 
 class Members(NamedTuple):
@@ -648,9 +612,12 @@ class Members(NamedTuple):
     numbers: np.ndarray  # int64 [P], which members of the population these are
 
     def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
-        """Bits/4096 that it costs member m to predict the T tokens after text[start[m]] (uint16), int32 [P]."""
-        text = np.ascontiguousarray(text, np.uint16)
-        return self.backend.play(self.model, text, np.asarray(start, np.int64), tokens, self.numbers, self.noise)
+        """Bits/4096 that it costs member m to predict T tokens after text[start[m]] (uint16), int32 [P]."""
+        text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
+        if (start.shape != self.numbers.shape or start.min() < 0 or start.max() + tokens >= len(text)
+                or text.max() >= self.model.cfg.vocab or tokens > LONGEST):
+            raise UserError("a member's text does not lie in the text, or is too long, or has tokens unlike the model")
+        return self.backend.play(self.model, text, start, tokens, self.numbers, self.noise)
 
     def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
                temperature: float = 0.0) -> list[np.ndarray]:
@@ -659,16 +626,28 @@ class Members(NamedTuple):
         prompts: P lists of one token or more. Temperature 0 takes the likeliest token. Raises UserError.
         """
         given = np.array([len(p) for p in prompts], np.int32)
-        text = np.full((len(given), given.max() + length), max(stop, 0), np.uint16)
-        for row, prompt in zip(text, prompts, strict=True):
+        text = np.zeros((len(given), given.max() + length), np.int64)
+        for row, prompt in zip(text, prompts):
             row[:len(prompt)] = prompt
-        if not given.all() or text.shape[1] > LONGEST or text.max() >= self.model.cfg.vocab:
+        if not given.all() or text.shape[1] > LONGEST or not 0 <= text.min() <= text.max() < self.model.cfg.vocab:
             raise UserError(f"a prompt has no token, or over {LONGEST} with its answer, or one that the model has not")
+        text = text.astype(np.uint16)
         self.backend.play(self.model, text.reshape(-1), np.arange(len(text)) * text.shape[1], text.shape[1] - 1,
                           self.numbers, self.noise, given, length, temperature, stop)
-        ends = (text == stop) & (np.arange(text.shape[1]) >= given[:, None])
-        ends = np.where(ends.any(1), np.minimum(ends.argmax(1), given + length), given + length)
-        return [row[n:end] for row, n, end in zip(text, given.tolist(), ends.tolist(), strict=True)]
+        written = [row[n:n + length] for row, n in zip(text, given)]
+        return [tokens[:(tokens == stop).argmax()] if stop in tokens else tokens for tokens in written]
+
+
+def move(model: Model, backend: Backend, es: ES, f: np.ndarray) -> None:
+    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
+
+    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
+    steps.
+    """
+    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
+    if norm:
+        backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
+    model.step += 1
 
 
 def es_step(model: Model, backend: Backend, es: ES,
@@ -690,18 +669,6 @@ def es_step(model: Model, backend: Backend, es: ES,
     return found, f
 
 
-def move(model: Model, backend: Backend, es: ES, f: np.ndarray) -> None:
-    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
-
-    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
-    steps.
-    """
-    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
-    if norm:
-        backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
-    model.step += 1
-
-
 def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
            report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
     """Train a model for anything that can be scored, from model.step to es.steps.
@@ -716,29 +683,41 @@ def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backen
 
 def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
     """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
+    if len(text) <= tokens:
+        raise UserError(f"a text of {len(text)} tokens is too short to predict {tokens}: use a longer one")
+
     def fitness(members: Members) -> np.ndarray:
-        seed, at, _ = members.noise
-        start = segments(text, tokens, seed, at, members.numbers // 2)
+        seed, step, _ = members.noise
+        start = segments(text, tokens, seed, step, members.numbers // 2)
         return -members.cost(text, start, tokens)
     return fitness
 
 
 # =====================================================================================================================
-# Part 2
+# Part 2: the same, fast. A kernel for any C compiler and for CUDA, with the functions and the letters of part 1.
 
-import concurrent.futures, ctypes, os, platform, re, shutil, stat, subprocess, sys, tempfile
-from collections.abc import Iterator
+
+import concurrent.futures
+import ctypes
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernel: the same pass for any C compiler and for CUDA. `vf` and `vi` hold one number for each of LANES tokens (a
-# SIMD register on a CPU, a register of each thread of a warp on a GPU), and a buffer is [channel][lane], so the code
-# reads like scalar code. When a member's text is scored, lanes are its tokens; in generation (BATCH), where tokens come
-# one at a time, lanes are members. Only the token shift and the recurrence look across lanes. On a GPU a block of
-# threads takes a task, its warps share the channels, and SYNC comes before one warp reads what another wrote.
-# First, what differs between machines.
+# The kernel. A lane is a member, or rather a run of one: `vf` holds a number for each of LANES runs (a SIMD register of
+# a CPU; of a GPU, a register of each thread of a warp), `fs` is such a number in memory, and a buffer is [channel] of
+# them. So the code reads like that of a single run, and no run depends on what is in other lanes. On a GPU a block of
+# threads takes a batch of LANES runs, its warps share the channels (EACH), and SYNC comes before one warp reads what
+# another wrote. First, what differs between machines.
 
 MACHINE = r"""
 typedef unsigned u32;
@@ -749,68 +728,67 @@ typedef long long i64;
   typedef float vf;
   typedef int vi;
   typedef unsigned vu;
-  #ifndef SHARED
-    #define SHARED 49152                          // bytes of shared memory that a block may have
-  #endif
   #define LANES 32
-  #define BIAS 0                                  // what is added to weights to make them unsigned, see `start`
-  #define WARPS (THREADS / LANES)
+  #define WARPS 8
   #define WARP ((int)(threadIdx.x / LANES))
   #define LANE ((int)(threadIdx.x % LANES))
-  #define EACH(i, n) for (int i = WARP; i < (n); i += WARPS)                 // dealt out to the warps
-  #define SPREAD(i, n) for (int i = LANE; i < (n); i += LANES)               // to the lanes of a warp
-  #define FLAT(i, n) for (int i = threadIdx.x; i < (n); i += THREADS)        // to the threads
-  #define TASKS(i) for (int i = first + blockIdx.x; i < last; i += gridDim.x)  // to the blocks
+  #define EACH(i, n) for (int i = WARP; i < (n); i += WARPS)                // dealt out to the warps of a block
+  #define SPREAD(i, n) for (int i = LANE; i < (n); i += LANES)              // to the lanes of a warp
+  #define FLAT(i, n) for (int i = threadIdx.x; i < (n); i += WARPS * LANES)  // to all threads of a block
+  #define MINE(i) for (int i = first + blockIdx.x; i < last; i += gridDim.x)  // to the blocks
   #define FOR_LANE(l) for (int l = LANE, once_ = 1; once_; once_ = 0)
+  #define ONCE if (WARP == 0)                     // by one warp
   #define SYNC __syncthreads()
-  // A struct for fast memory: shared memory where it fits, else the block's scratch, which the L2 cache holds.
-  extern __shared__ int4 shared_memory[];
-  #define FAST(type, name, other) type *name = sizeof(type) <= SHARED ? (type *)shared_memory : (other)
-  #define SLOT(scratch, type) ((type *)(scratch) + blockIdx.x)
-  #define ALIGNED __align__(64)
-  #define WIDTH (SHARED < 200000 ? 64 : 128)      // of a group of heads, so that it fits fast memory where D = 256
-  #define GROUP (D <= WIDTH ? D : WIDTH % N == 0 ? WIDTH : N % 16 == 0 ? N : D)
-  #define STRIDE 36                               // from row to row of a buffer: rows 0 to 7 in different banks
-  #define CODES(n) (PAD(n, 64) + 16)              // bytes from lane to lane of codes, an odd multiple of 16
-  #define CODE_WORDS(n) (LANES * CODES(n) / 4)
-  #define CODE(codes, n, k) ((codes)[LANE * (CODES(n) / 4) + (k)])           // word k of this lane
-  // Weights are packed in blocks of 16 rows x 64 columns, of which a thread of a warp takes 2 x 16 bytes.
-  #define PAD(n, unit) (((n) + (unit) - 1) / (unit) * (unit))
-  #define PACKED_AT(o, k, cols) (((o) / 16 * (PAD(cols, 64) / 64) + (k) / 64) * 1024 + (o) % 16 * 64 + (k) % 64)
-  #define COLUMN_BLOCKS 8                         // blocks of LANES columns that an update works on at a time
-  #define V(x, d) ((x)[d][LANE])                  // all lanes of channel d of a float buffer
-  #define Q(x, d) ((x)[d][LANE])                  // of an int buffer
+  #define SYNC_WARP __syncwarp()
   #define INLINE static __device__ __forceinline__
   #define FUNCTION static __device__ __noinline__  // in the code only once, so that all fits the instruction cache
-  #define PART FUNCTION                           // what a CPU inlines
-  #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
-  #define FETCH(p) __ldg(p)                       // a load of what a kernel never writes, so that it may come early
+  #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * LANES)
   #define CONSTANT static __device__ const
+  #define ALIGNED __align__(128)
   #define UNROLL _Pragma("unroll")
   #define UNROLL_2 _Pragma("unroll 2")            // where more would take too many registers
-  #define I2F(x) ((float)(x))
+  template <class T, int stride = LANES> struct Lanes {  // in memory: a number of each lane, of which a thread sees one
+    T of[stride];
+    __device__ operator T() const { return of[LANE]; }
+    __device__ T operator=(T x) { return of[LANE] = x; }
+    __device__ T operator=(const Lanes &x) { return of[LANE] = x.of[LANE]; }
+  };
+  typedef Lanes<float> fs;
+  typedef Lanes<int> is;
+  typedef Lanes<unsigned> us;
+  typedef Lanes<int, 36> codes;                   // of which MMA reads two at a time: these are in different banks
+  #define PER_LANE(x) x                           // a variable of each lane
+  #define AT(v, l) (v)                            // lane l of it, in FOR_LANE(l)
+  extern __shared__ int4 shared_memory[];         // first a `swap` for each warp, see `product`, then what is FAST
+  #define SWAPS (WARPS * 8 * 36 * 4)
+  #define FAST(type, other) (sizeof(type) + SWAPS <= SHARED ? (type *)((char *)shared_memory + SWAPS) : (other))
+  #define SLOT(type) ((type *)scratch + blockIdx.x)
+  #define ROWS 16                                 // accumulators of a product, see `matmul`
+  #define BIAS 0                                  // what is added to weights to make them unsigned
   #define splat(x) (x)
   #define isplat(x) (x)
-  #define LANE_OF(v, l) __shfl_sync(~0u, v, l)    // of a register, asked for by all lanes
-  #define PICK(test, a, b) ((test) ? (a) : (b))   // lane by lane, of integers
-  #define ALL(x) __all_sync(~0u, x)
-  #define AT(v, l) (v)                            // lane l of a register, in FOR_LANE(l)
+  #define usplat(x) (x)
+  #define I2F(x) ((float)(x))
   #define AS_I(x) __float_as_int(x)
   #define AS_F(x) __int_as_float(x)
-  #define ADD(p, x) atomicAdd(p, x)               // of integers, so the order does not matter
+  #define PICK(test, a, b) ((test) ? (a) : (b))
+  #define ALL(x) __all_sync(~0u, x)
+  #define ADD(to, x) atomicAdd(&(to).of[LANE], x)  // of integers, so the order does not matter
   #define VECTOR(op) f##op##f                     // fmaxf, fminf
-  #define fsqrtf sqrtf
-  #define STORED 0                                // is a member's noise kept? Here it is rebuilt whenever it is needed
-  INLINE vf before(const float *x, float carry) { return LANE ? x[LANE - 1] : carry; }  // shifted by one lane
-  INLINE vi dot4(vi acc, vi x, vi w) {            // acc + the four products of the bytes of x and w
-  #if __CUDA_ARCH__ >= 610
-    return __dp4a(x, w, acc);
-  #else
-    for (int b = 0; b < 32; b += 8) acc += (i8)(x >> b) * (i8)(w >> b);
-    return acc;
-  #endif
-  }
-  #if __CUDA_ARCH__ >= 800 && !defined MMA        // c += a b, int8 16x32 times 32x8, dealt out over a warp (PTX manual)
+  #define fsqrtf sqrtf                            // for VECTOR(sqrt)
+  #define VALUE_OF(statements, value) [&]() -> vf { statements; return value; }()
+  #define REDUCE_ALL(op, start, i, n, term) VALUE_OF( /* see REDUCE; a warp has every eighth term */ \
+      fs *s_ = m->f->part[m->turn ^= 1];          /* the other half, so that nothing is overwritten */ \
+      EACH(j_, 8) { \
+        vf x_ = start; \
+        for (int i = j_; i < (n); i += 8) x_ = op(x_, term); \
+        s_[j_] = x_; \
+      } \
+      SYNC, FOLD(op, s_))
+  // acc + the four products of the bytes of x, int8, and w, int8 + BIAS
+  INLINE vi dot4(vi acc, vi x, vi w) { return __dp4a(x, w, acc); }
+  // c += a b, int8 16x32 times 32x8, dealt out over a warp (see the PTX manual); the tests' interpreter has its own
+  #if __CUDA_ARCH__ >= 800 && !defined MMA
     #define MMA(c, a0, a1, a2, a3, b0, b1) \
       asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
           : "+r"((c)[0]), "+r"((c)[1]), "+r"((c)[2]), "+r"((c)[3]) \
@@ -818,7 +796,7 @@ typedef long long i64;
   #endif
 #else
   #include <math.h>
-  #include <string.h>
+  #include <stdbool.h>
   #ifdef __SSE2__
     #include <immintrin.h>
   #elif defined __ARM_NEON
@@ -826,7 +804,7 @@ typedef long long i64;
   #endif
   #ifdef __AVX512VNNI__
     #define LANES 16
-    #define ROWS 16                               // rows of a matrix that share one read of the activations
+    #define ROWS 16
     #define BIAS 128                              // vpdpbusd multiplies unsigned by signed bytes
     #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
     #define VECTOR(op) _mm512_##op##_ps
@@ -860,70 +838,57 @@ typedef long long i64;
                                      + BYTE(x, 2) * BYTE(w, 2) + BYTE(x, 3) * BYTE(w, 3))
     #endif
   #endif
-  typedef float vf __attribute__((vector_size(4 * LANES), may_alias));
-  typedef int vi __attribute__((vector_size(4 * LANES), may_alias));
-  typedef u32 vu __attribute__((vector_size(4 * LANES), may_alias));
+  typedef float vf __attribute__((vector_size(4 * LANES)));
+  typedef int vi __attribute__((vector_size(4 * LANES)));
+  typedef u32 vu __attribute__((vector_size(4 * LANES)));
+  typedef vf fs;
+  typedef vi is;
+  typedef vu us;
+  typedef vi codes;
+  #define WARPS 1
+  #define WARP 0
   #define EACH(i, n) for (int i = 0; i < (n); i++)
   #define SPREAD EACH
   #define FLAT EACH
+  #define MINE(i) for (int i = first; i < last; i++)
   #define FOR_LANE(l) EACH(l, LANES)
-  #define TASKS(i) for (int i = first; i < last; i++)
+  #define ONCE
   #define SYNC
-  #define STORED !BATCH
-  #define FAST(type, name, other) type *name = (other)
-  #define SLOT(scratch, type) ((type *)(scratch))
-  #define ALIGNED __attribute__((aligned(64)))
-  #define GROUP D
-  #define STRIDE LANES
-  #define CODE_WORDS(n) (LANES * (((n) + 15) / 16 * 4))
-  #define CODE(codes, n, k) (*(vi *)((codes) + (k) * LANES))
-  #define PAD(n, unit) (n)
-  #define PACKED_AT(o, k, cols) ((o) * (cols) + (k))
-  #define COLUMN_BLOCKS 1
-  #define V(x, d) (*(vf *)(x)[d])
-  #define Q(x, d) (*(vi *)(x)[d])
+  #define SYNC_WARP
   #define INLINE static inline __attribute__((always_inline))
   #define FUNCTION static __attribute__((noinline))
-  #define PART INLINE
   #define KERNEL void
-  #define FETCH(p) (*(p))
   #define CONSTANT static const
+  #define ALIGNED __attribute__((aligned(64)))
   #define UNROLL _Pragma("GCC unroll 16")
-  #define UNROLL_2 UNROLL
-  #define I2F(x) __builtin_convertvector(x, vf)
-  #define PICK(test, a, b) (((a) & (vi)(test)) | ((b) & ~(vi)(test)))
-  #define ALL(x) all(&(x))
-  #define splat(x) ((x) - (vf){0})
-  #define isplat(x) ((x) + (vi){0})
+  #define UNROLL_2 _Pragma("GCC unroll 2")
+  #define PER_LANE(x) x[LANES]
   #define AT(v, l) (v)[l]
+  #define SWAPS 0
+  #define FAST(type, other) (other)
+  #define SLOT(type) ((type *)scratch)
+  #define splat(x) ((x) - (vf){0})                // -0.0 stays what it is
+  #define isplat(x) ((x) + (vi){0})
+  #define usplat(x) ((x) + (vu){0})
+  #define I2F(x) __builtin_convertvector(x, vf)
   #define AS_I(x) ((vi)(x))
   #define AS_F(x) ((vf)(x))
-  #define ADD(p, x) (*(p) += (x))
-  INLINE int load4(const i8 *w) {                 // four bytes that may start anywhere
-    int x;
-    memcpy(&x, w, 4);
-    return x;
-  }
+  #define PICK(test, a, b) ((vf)(((vi)(a) & (vi)(test)) | ((vi)(b) & ~(vi)(test))))
+  #define ALL(x) all(&(x))
+  #define ADD(to, x) ((to) += (x))
+  #define VALUE_OF(statements, value) ({ statements; value; })
+  #define REDUCE_ALL REDUCE
   INLINE int all(const vi *x) {
     int y = -1;
     for (int l = 0; l < LANES; l++) y &= (*x)[l];
     return y;
   }
-  INLINE vf before(const float *x, float carry) {  // shifted by one lane
-    vf y;
-    memcpy(&y, x - 1, sizeof y);
-    y[0] = carry;
-    return y;
-  }
 #endif
 """
 
+# `kernel_source`, below, writes before it: the shape, D, L, N, F, VOCAB, R; TABLE of a Tensor {out, cols, at, row,
+# word, vec, pack} for each parameter, first GLOBALS of no layer, then KINDS for each layer; UNITS of the update.
 KERNEL = r"""
-#define STATE (D * (2 + N))                       // of a layer: two token shifts and S^T of every head
-#define TOKENS(buffer) float buffer[STRIDE]
-#define WORDS_OF(n) (((n) + 31) / 32)             // noise words for n entries
-typedef float (*buf)[STRIDE];
-
 // ---- arithmetic: the functions of the same names in Python, operation by operation
 
 #define MAGIC 12582912.0f                         // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -932,41 +897,22 @@ typedef float (*buf)[STRIDE];
 INLINE vf vadd(vf a, vf b) { return a + b; }
 INLINE vf vmax(vf a, vf b) { return VECTOR(max)(a, b); }
 INLINE vf vmin(vf a, vf b) { return VECTOR(min)(a, b); }
+INLINE vf vsqrt(vf x) { return VECTOR(sqrt)(x); }
 INLINE vf vabs(vf x) { return AS_F(AS_I(x) & 0x7FFFFFFF); }
 
-// Eight running results folded in halves.
-#define FOLD(op, s) op(op(op((s)[0], (s)[4]), op((s)[2], (s)[6])), op(op((s)[1], (s)[5]), op((s)[3], (s)[7])))
-
-// Combines `term` over i < n: eight running results, then folded in halves.
-#define REDUCE(op, start, result, i, n, term) vf result; { \
+// SUM(i, n, term) is the sum of `term` over i < n: eight running sums, folded in halves. SUM_ALL and TOP_ALL, the
+// largest, are the same by all warps of a block together.
+#define FOLD(op, s) op(op(op(s[0], s[4]), op(s[2], s[6])), op(op(s[1], s[5]), op(s[3], s[7])))
+#define REDUCE(op, start, i, n, term) VALUE_OF( \
     vf s_[8]; \
-    UNROLL for (int l_ = 0; l_ < 8; l_++) s_[l_] = splat(start); \
-    for (int i0_ = 0; i0_ < (n); i0_ += 8) UNROLL for (int l_ = 0; l_ < 8; l_++) { \
-      int i = i0_ + l_; \
-      if (i < (n)) s_[l_] = op(s_[l_], term); \
-    } \
-    result = FOLD(op, s_); }
-#define SUM(result, i, n, term) REDUCE(vadd, 0.0f, result, i, n, term)
-
-// The same by all warps of a block: each takes some of the running results (`slots` of them; 8 where order matters).
-#ifdef __CUDACC__
-  #define REDUCE_ALL(op, slots, start, result, i, n, term) vf result; { \
-      FAST(Fast, s_fast_, m->s); \
-      for (int l_ = WARP; l_ < (slots); l_ += WARPS) { \
-        vf part_ = start; \
-        for (int i = l_; i < (n); i += (slots)) part_ = op(part_, term); \
-        s_fast_->part[m->turn][l_][LANE] = part_; \
-      } \
-      SYNC; \
-      vf s_[slots]; \
-      UNROLL for (int l_ = 0; l_ < (slots); l_++) s_[l_] = s_fast_->part[m->turn][l_][LANE]; \
-      result = (slots) > 8 ? op(FOLD(op, s_), FOLD(op, s_ + (slots) - 8)) : FOLD(op, s_); \
-      m->turn ^= 1; }                             // so that the next results do not overwrite these
-#else
-  #define REDUCE_ALL(op, slots, start, result, i, n, term) REDUCE(op, start, result, i, n, term)
-#endif
-#define SUM_ALL(result, i, n, term) REDUCE_ALL(vadd, 8, 0.0f, result, i, n, term)
-#define TOP_ALL(start, result, i, n, term) REDUCE_ALL(vmax, 16, start, result, i, n, term)
+    UNROLL for (int j_ = 0; j_ < 8; j_++) s_[j_] = splat(start); \
+    for (int i_ = 0; i_ < (n); i_ += 8) UNROLL for (int j_ = 0; j_ < 8; j_++) { \
+      const int i = i_ + j_; \
+      if (i < (n)) s_[j_] = op(s_[j_], term); \
+    }, FOLD(op, s_))
+#define SUM(i, n, term) REDUCE(vadd, 0.0f, i, n, term)
+#define SUM_ALL(i, n, term) REDUCE_ALL(vadd, 0.0f, i, n, term)
+#define TOP_ALL(i, n, start, term) REDUCE_ALL(vmax, start, i, n, term)
 
 INLINE vf exp2_(vf y) {
   y = vmin(vmax(y, splat(-126.0f)), splat(126.0f));
@@ -987,6 +933,7 @@ INLINE vf tanh_(vf x) { return 2.0f * sigmoid(2.0f * x) - 1.0f; }
 
 // ---- noise: one word of a pair's stream holds 32 entries
 
+#define WORDS_OF(n) (((n) + 31) / 32)             // noise words for n entries
 #define MIX(type, name) INLINE type name(type x) { \
     x = (x ^ (x >> 16)) * 0x7FEB352Du; \
     x = (x ^ (x >> 15)) * 0x846CA68Bu; \
@@ -997,912 +944,736 @@ INLINE u32 key0(u32 seed, u32 step, u32 pair) { return mix(mix(mix(seed) + step)
 INLINE u32 key1(u32 seed, u32 step, u32 pair) { return mix(mix(mix(~seed) + pair) + step); }
 INLINE u32 noise_word(u32 k0, u32 k1, u32 word) { return mix(mix(word + k0) ^ k1); }
 
-// Entry j of a word as a sign bit: x ^ minus(h, j) is x times the entry.
-INLINE vi minus(vu h, int j) { return (vi)(~h << (31 - j)) & (int)0x80000000; }
+// x times entry j of a noise word: x or, where the bit is 0, -x
+INLINE vf times(vf x, vu h, int j) { return AS_F(AS_I(x) ^ ((vi)(~h << (31 - j)) & (int)0x80000000)); }
 
-// Four entries of a word from entry j as bytes +-1 + BIAS: the multiplication puts four bits at the ends of four bytes.
-#define BYTES(h, j) (~((((h) >> (j) & 15) * 0x00204081u & 0x01010101u) * 0xFE) ^ BIAS * 0x01010101u)
+INLINE int least(int a, int b) { return a < b ? a : b; }
 
-// ---- the forward pass of a task: T tokens of one member, LANES at a time, or BATCH: of LANES members, one at a time
+// ---- what LANES members compute with
 
-#define INPUT(name, n) int name[LANES * (2 + R) + CODE_WORDS(n)]
-typedef struct {                                  // a quantised input of a product
-  float sx[1][LANES];                             // scale of each lane
-  int p[R][LANES];                                // the products of its codes with B
-  int start[1][LANES];                            // what sums with biased weights start from: -BIAS times sum of codes
-  int q[4];                                       // codes: int8, four channels to a word; there are CODE_WORDS
-} Input;
+#define TOGETHER 2                                // tokens of a run that share each read of the weights
+#define ROOM(n) (TOGETHER * (n) + 8)              // + 8: a load waits for a store with the same last 12 bits of address
+#define PAD(n) (((n) + 31) / 32 * 32)
+#define CODES (COLUMNS / 4)                       // words that a quantised input takes, at most
 
-typedef struct ALIGNED {                          // a task's activations, in fast memory
-  union {                                         // of the time mix and of the channel mix
-    struct {
-      INPUT(in_r, D); INPUT(in_v, D); TOKENS(lora[4][LORA]);
-      INPUT(lora_w, LORA_W); INPUT(lora_a, LORA_A); INPUT(lora_g, LORA_G); INPUT(lora_v, LORA_V);
-      union {                                     // before and after the mixed inputs are quantised
-        struct { TOKENS(h[D]); TOKENS(dx[D]); INPUT(in_w, D); INPUT(in_a, D); INPUT(in_g, D); INPUT(in_u, D); };
-        struct { TOKENS(y[D]); TOKENS(r[GROUP]); TOKENS(w[GROUP]); TOKENS(k[GROUP]); TOKENS(v[GROUP]); TOKENS(a[GROUP]);
-                 TOKENS(kk[GROUP]); TOKENS(norm[GROUP / N]); TOKENS(mean[GROUP / N]); TOKENS(bonus[GROUP / N]); };
-      };
-    };
-    struct { TOKENS(wide[F > D ? F : D]); INPUT(in_wide, F); };
-  };
-  INPUT(in_k, D);
-#ifdef __CUDACC__
-  float part[2][16][LANES];                       // of a sum over all channels
-#endif
-#if !BATCH
-  float vec[D * (STORED ? VECTORS : LAYER_VECTORS)];  // the member's own vector parameters
-#endif
-#if STORED
-  i8 noise[32 * R * WORDS];                       // +-1 + BIAS: A of tensor t at its t.word, then B
-  int minus[32 * R * WORDS];                      // its sign bits
-  int pair;                                       // whose noise this is
-#endif
+typedef struct ALIGNED {                          // in fast memory: quantised inputs of a product, of each token
+  codes q[TOGETHER][CODES];                       // four to a word: word j of 32 channels has j, j + 8, j + 16, j + 24
+  fs scale[TOGETHER], part[2][8];                 // part: running results of all warps
+  is sum[TOGETHER], xB[TOGETHER][R];              // sum of the codes, and their products with B
 } Fast;
 
-typedef struct ALIGNED {                          // what a task touches less often
-  TOKENS(x[D]); TOKENS(v_first[D]); TOKENS(logits[VOCAB]);
-#if BATCH
-  TOKENS(vec[D * LAYER_VECTORS]);
-#endif
-#if NAIVE
-  i8 packed[PACKED];                              // the member's own weights
-#endif
-  float state[(BATCH ? LANES : 1) * L * STATE];
+typedef struct ALIGNED {
+  us k0, k1, words[R * WORDS];                    // keys of their noise, and the noise of all parameters
+  fs c;                                           // sigma / sqrt(R), or minus that
+  fs vec[VECTORS * D];                            // their own vector parameters: the global ones, and those of a layer
+  fs x[CHUNK * D], v_first[CHUNK * D];            // of tokens, one after the other, as in the rest:
+  fs h[ROOM(D)], mixed[6][ROOM(D)];
+  fs state[L][(2 + N) * D], apart[8];             // token shifts of time and channel mix; S: [value][key]
+  fs r[ROOM(D)], w[ROOM(D)], k[ROOM(D)], kk[ROOM(D)], b[ROOM(D)], v[ROOM(D)], a[ROOM(D)], g[ROOM(D)];
+  fs y[ROOM(D)], gate[ROOM(D)], inner[ROOM(MLP)], wide[ROOM(F)], logits[ROOM(VOCAB)];
+  fs norm[ROOM(D / N)], mean[ROOM(D / N)], bonus[ROOM(D / N)];
   Fast fast;
-} Task;
+} Batch;
 
-typedef struct {
-  const i8 *w, *packed;                           // weights row by row, and as the product wants them
+typedef struct {                                  // what all functions need
+  const i8 *weights, *packed;                     // row by row, and as `product` wants them
   const float *scale;
-  Fast *s;
-  Task *g;
-  float *state;                                   // with BATCH of lane 0, and the next lane's is L * STATE further
-  vf c;                                           // sigma / sqrt(R), or minus that
-  vu k0, k1;                                      // keys of the pair's noise
-  int rank, lanes;                                // R or, without noise, 0; lanes in use
-  int vec;                                        // the first of the vectors that are at hand
-  int turn, dealt;                                // of s->part; how many tiles have been dealt out to warps
-} Model;
+  Batch *s;
+  Fast *f;
+  int noisy, layer, turn;                         // is there noise; whose vectors are in vec; half of part in use
+} Call;
 
-#define NOISY(t) (m->rank && (t).word >= 0)       // is this parameter perturbed?
-#define FIRST_VECTOR(l) (TABLE[GLOBALS + (l) * KINDS].vec / D)  // of layer l, of which the first kind is a vector
-#define BLOCK(kind) TABLE[GLOBALS + l * KINDS + kind]  // a parameter of layer l
-#define STATE_OF(t) (m->state + (BATCH ? (i64)(t) * (L * STATE) : 0) + l * STATE)  // of lane t in layer l
-#define COLUMN(k, word) (32 * ((k) * WORDS + (word)))  // where column k of a stored factor starts, given its first word
+#define NOISY(t) (m->noisy && (t).word >= 0)       // is this parameter perturbed?
+#define NOISE(k, word) s->words[(k) * WORDS + (word)]  // of column k of an A or B, a word of each lane
+#define VEC(t) (s->vec + (t).vec)                 // a vector parameter of each member
 
-INLINE vu noise(const Model *m, int k, int word) {  // of column k, lane by lane
-  return mix_lanes(mix_lanes((u32)(k * WORDS + word) + m->k0) ^ m->k1);
+INLINE vu noise_words(const Call *m, u32 word) { return mix_lanes(mix_lanes(word + m->s->k0) ^ m->s->k1); }
+
+// The vectors among parameters `first` to `last` become those of each member: (w + c A) scale.
+FUNCTION void vectors(Call *m, int first, int last) {
+  Batch *s = m->s;
+  for (int i = first; i < last; i++) {
+    const Tensor t = TABLE[i];
+    if (t.out && !t.cols) EACH(d, D) {
+      vf q = splat((float)m->weights[t.at + d]);
+      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) q = q + times(s->c, NOISE(k, t.word + d / 32), d % 32);
+      VEC(t)[d] = q * m->scale[t.row + d];
+    }
+  }
+  SYNC;
 }
 
-#if BATCH
-  #define PARAM(t, d) V(m->g->vec, (t).vec - m->vec + (d))  // a vector parameter
-#else
-  #define PARAM(t, d) (m->s->vec[(t).vec - m->vec + (d)])
-#endif
-#if STORED  // entries 4i to 4i+3 of those that word w starts, as bytes; h: the word that holds them
-  #define FOUR(k, w, i, h) isplat(load4(m->s->noise + COLUMN(k, w) + 4 * (i)))
-#else
-  #define FOUR(k, w, i, h) (vi)BYTES(h, (i) % 8 * 4)
-#endif
+// ---- y = x (W + c A B^T)^T
 
-// input = n channels of x in int8, absmax 127, with their products with B of tensor t; or, with `shift`, of x + dx mu.
-// A warp's own channels of x (see EACH) must be there; after the SYNC in it, all must.
-FUNCTION void quantise(Model *m, int *input, buf x, int n, Tensor t, int shift, Tensor mu) {
-  FAST(Fast, s, m->s);
-  Input *in = (Input *)input;
-  #define TERM(d) (shift ? V(x, d) + V(s->dx, d) * PARAM(mu, d) : splat(V(x, d)))
-  EACH(i, 1) for (int k = 0; k < R; k++) Q(in->p, k) = isplat(0);
-  TOP_ALL(1e-30f, top, d, n, vabs(TERM(d)))
+// Token e: x in int8, absmax 127, and the products of these codes with B of matrix t. `matmul` does the rest.
+FUNCTION void quantise(Call *m, int e, const fs *x, Tensor t) {
+  Batch *s = m->s;
+  Fast *f = m->f;
+  ONCE f->sum[e] = isplat(0);
+  ONCE for (int k = 0; k < R; k++) f->xB[e][k] = isplat(0);
+  const vf top = TOP_ALL(d, t.cols, 1e-30f, vabs(x[d]));
   const vf inv = 127.0f / top;
-  vi sum = isplat(0), p[R];
-  UNROLL for (int k = 0; k < R; k++) p[k] = isplat(0);
-  EACH(i, (n + 15) / 16) {
-    const int word = t.word + WORDS_OF(t.out);
-    vu h[R];
-    if (NOISY(t) && !STORED) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, word + i / 2);
-    UNROLL_2 for (int j = 4 * i; j < 4 * i + 4; j++) {
-      vi code = isplat(0);
-      UNROLL for (int b = 0; b < 4; b++)
-        if (4 * j + b < n) code |= (AS_I(TERM(4 * j + b) * inv + MAGIC) & 255) << 8 * b;
-      CODE(in->q, n, j) = code;
-      if (BIAS) sum = dot4(sum, code, isplat(0x01010101));
-      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) p[k] = dot4(p[k], code, FOUR(k, word, j, h[k]));
+  vi sum = isplat(0), plus[R];                    // plus: sum of the codes where the entry of B is +1
+  UNROLL for (int k = 0; k < R; k++) plus[k] = isplat(0);
+  for (int i = 0; i < WORDS_OF(t.cols); i++) UNROLL EACH(j, 8) {
+    vi code = isplat(0);
+    UNROLL for (int b = 0; b < 4; b++) {
+      const int d = 32 * i + 8 * b + j;
+      if (d < t.cols) code |= (AS_I(x[d] * inv + MAGIC) & 255) << 8 * b;
     }
+    f->q[e][8 * i + j] = code;
+    sum = dot4(sum, code, isplat(0x01010101));
+    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++)
+      plus[k] = dot4(plus[k], code, (vi)(NOISE(k, t.word + WORDS_OF(t.out) + i) >> j & 0x01010101));
   }
-  if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) ADD(&Q(in->p, k), p[k] - sum * BIAS);
-  EACH(i, 1) V(in->sx, 0) = top * (1.0f / 127);
-  EACH(i, 1) Q(in->start, 0) = sum * -BIAS;
-}
-
-#ifdef __CUDACC__
-// c += 16 packed rows times the codes of 32 lanes, n long. A warp holds the 16 x 32 results so that c[j][i] of a thread
-// is row LANE / 4 + 8 (i / 2) and lane 8 (LANE % 4) + 4 (i % 2) + j: eight lanes in a row, for whole 16-byte stores.
-INLINE void multiply(int c[4][4], const i8 *rows, const int *codes, int n, int stride, bool constant) {
-#ifdef MMA  // which columns go together in a product is free as long as rows and codes agree: 16 bytes at a time do
-  for (int k0 = 0; k0 < n; k0 += 128) {           // that many at once, so that loads do not wait for each other
-    int4 w[4];
-    UNROLL for (int i = 0; i < 4; i++) if (k0 + i / 2 * 64 < n) {
-      const int4 *from = (const int4 *)(rows + 16 * k0) + LANE + 32 * i;
-      w[i] = constant ? FETCH(from) : *from;
-    }
-    UNROLL for (int i = 0; i < 4; i += 2) if (k0 + i * 32 < n) UNROLL for (int j = 0; j < 4; j++) {
-      const int4 x = *(const int4 *)((const i8 *)codes + (LANE / 4 * 4 + j) * stride + k0 + i * 32 + LANE % 4 * 16);
-      MMA(c[j], w[i].x, w[i + 1].x, w[i].y, w[i + 1].y, x.x, x.y);
-      MMA(c[j], w[i].z, w[i + 1].z, w[i].w, w[i + 1].w, x.z, x.w);
-    }
-  }
-#else
-  for (int k = 0; k < n; k += 4) UNROLL for (int i = 0; i < 16; i++) {
-    const int row = LANE / 4 + i % 4 / 2 * 8, lane = LANE % 4 * 8 + i % 2 * 4 + i / 4;
-    const i8 *x = (const i8 *)codes + lane * stride + k, *w = rows + PACKED_AT(row, k, n);
-    c[i / 4][i % 4] = dot4(c[i / 4][i % 4], *(const int *)x, *(const int *)w);
-  }
-#endif
-}
-
-// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x. Tiles are dealt out on from where the last matmul
-// stopped, so that small ones keep all warps busy. No SYNC.
-PART void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
-  const Input *in = (const Input *)input;
-  const int tiles = (rows + 15) / 16;
-  for (int i = (WARP + WARPS - m->dealt % WARPS) % WARPS; i < tiles; i += WARPS) {
-    const int o = first + 16 * i;
-    int acc[4][4] = {};
-    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, CODES(cols), !NAIVE);
-    UNROLL for (int half = 0; half < 2; half++) {
-      const int row = o + LANE / 4 + 8 * half;
-      const float scale = row < t.out ? FETCH(m->scale + t.row + row) : 0;
-      float z[8];
-      UNROLL for (int j = 0; j < 8; j++) z[j] = I2F(acc[j % 4][2 * half + j / 4]);
-      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
-        const u32 h = noise(m, k, t.word + o / 32);
-        UNROLL for (int j = 0; j < 8; j++) {
-          const int lane = LANE % 4 * 8 + j;
-          const float xb = (BATCH && (lane ^ LANE) & 1 ? -m->c : m->c) * I2F(in->p[k][lane]);
-          z[j] = z[j] + AS_F(AS_I(xb) ^ minus(BATCH ? LANE_OF(h, lane) : h, row % 32));
-        }
-      }
-      UNROLL for (int j = 0; j < 8; j++) z[j] = z[j] * scale * in->sx[0][LANE % 4 * 8 + j];
-      float4 *to = (float4 *)(y[row - first] + LANE % 4 * 8);
-      if (row - first < rows) UNROLL for (int j = 0; j < 2; j++)
-        to[j] = make_float4(z[4 * j], z[4 * j + 1], z[4 * j + 2], z[4 * j + 3]);
-    }
-  }
-  m->dealt += tiles;
-}
-
-// S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width. Eight threads share a
-// value channel: each has every eighth key and one of the eight running sums, of one or two channels.
-#define CHANNELS (N % 2 ? 1 : 2)
-#define KEYS ((N + 7) / 8)
-PART void recurrence(Model *m, int l, int c, int width) {
-  FAST(Fast, s, m->s);
-  #define EACH_KEY(i, j) UNROLL for (int i = 0, j = LANE / 4; i < KEYS; i++, j += 8) if (mine && j < N)
-  #define EACH_CHANNEL(e) UNROLL for (int e = 0; e < CHANNELS; e++)
-  EACH(u, (width + 4 * CHANNELS - 1) / (4 * CHANNELS)) {
-    const int d = (4 * u + LANE % 4) * CHANNELS, head = d / N * N;
-    const bool mine = d < width;
-    float z[CHANNELS][KEYS];
-    for (int t0 = 0; t0 < (BATCH ? m->lanes : 1); t0++) {  // with BATCH each lane has a state of its own
-      float *S = STATE_OF(t0) + D * 2 + (c + head) * N + (d - head);
-      EACH_KEY(i, j) EACH_CHANNEL(e) z[e][i] = S[j * N + e];
-      for (int t = t0; t < (BATCH ? t0 + 1 : m->lanes); t++) {
-        float v[CHANNELS], sa[CHANNELS], y[CHANNELS];
-        EACH_CHANNEL(e) { sa[e] = y[e] = 0; v[e] = mine ? s->v[d + e][t] : 0; }
-        EACH_KEY(i, j) EACH_CHANNEL(e) sa[e] = sa[e] + z[e][i] * s->kk[head + j][t];
-        UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) sa[e] += __shfl_xor_sync(~0u, sa[e], step);
-        EACH_KEY(i, j) EACH_CHANNEL(e) {
-          z[e][i] = z[e][i] * s->w[head + j][t] + -sa[e] * s->a[head + j][t] + v[e] * s->k[head + j][t];
-          y[e] = y[e] + z[e][i] * s->r[head + j][t];
-        }
-        UNROLL for (int step = 16; step >= 4; step /= 2) EACH_CHANNEL(e) y[e] += __shfl_xor_sync(~0u, y[e], step);
-        if (mine && LANE < 4) EACH_CHANNEL(e) s->y[c + d + e][t] = y[e];
-      }
-      EACH_KEY(i, j) EACH_CHANNEL(e) S[j * N + e] = z[e][i];
-    }
-  }
-}
-#else
-// acc[j] += row j of ROWS packed rows, n long, times the codes of all lanes
-INLINE void multiply(vi *acc, const i8 *rows, const int *codes, int n, int cols) {
-  for (int k = 0; k < n; k += 4) {
-    const vi x = CODE(codes, cols, k / 4);
-    UNROLL for (int j = 0; j < ROWS; j++) acc[j] = dot4(acc[j], x, isplat(load4(rows + PACKED_AT(j, k, cols))));
-  }
-}
-
-// y = x (W + c A B^T)^T of rows `first` and on, for a quantised x. The last tile may have rows that are not stored.
-INLINE void matmul(buf y, Model *m, const int *input, Tensor t, int first, int rows, int cols) {
-  const Input *in = (const Input *)input;
-  for (int i = 0; i < rows; i += ROWS) {
-    const int o = first + i;
-    vi acc[ROWS];
-    vf z[ROWS];
-    UNROLL for (int j = 0; j < ROWS; j++) acc[j] = Q(in->start, 0);
-    multiply(acc, m->packed + t.pack + PACKED_AT(o, 0, cols), in->q, cols, cols);
-    UNROLL for (int j = 0; j < ROWS; j++) z[j] = I2F(acc[j]);
-    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
-      const vf xb = m->c * I2F(Q(in->p, k));
-  #if STORED
-      const int *sign = m->s->minus + COLUMN(k, t.word) + o;
-      UNROLL for (int j = 0; j < ROWS; j++) z[j] = z[j] + AS_F(AS_I(xb) ^ sign[j]);
-  #else
-      const vu h = noise(m, k, t.word + o / 32);
-      UNROLL for (int j = 0; j < ROWS; j++) z[j] = z[j] + AS_F(AS_I(xb) ^ minus(h, o % 32 + j));
-  #endif
-    }
-    const float *scale = m->scale + t.row + o;
-    UNROLL for (int j = 0; j < ROWS; j++) if (i + j < rows) V(y, i + j) = z[j] * scale[j] * V(in->sx, 0);
-  }
-}
-
-// S <- S diag(w) - (S kk) b^T + v k^T, y = S r, token by token, for heads of c to c + width; a lane is a value channel.
-PART void recurrence(Model *m, int l, int c, int width) {
-  FAST(Fast, s, m->s);
-  for (int head = 0; head < width; head += N) for (int i0 = 0; i0 < N; i0 += LANES) {
-    vf z[N];
-    for (int t0 = 0; t0 < (BATCH ? m->lanes : 1); t0++) {  // with BATCH each lane has a state of its own
-      float *S = STATE_OF(t0) + D * 2 + (c + head) * N + i0;
-      for (int j = 0; j < N; j++) FOR_LANE(i) z[j][i] = i0 + i < N ? S[j * N + i] : 0;
-      for (int t = t0; t < (BATCH ? t0 + 1 : m->lanes); t++) {
-        vf v;
-        FOR_LANE(i) v[i] = i0 + i < N ? s->v[head + i0 + i][t] : 0;
-        SUM(minus_sa, j, N, z[j] * s->kk[head + j][t])
-        vf sa = -minus_sa;
-        SUM(y, j, N, (z[j] = z[j] * s->w[head + j][t] + sa * s->a[head + j][t] + v * s->k[head + j][t])
-                     * s->r[head + j][t])
-        FOR_LANE(i) if (i0 + i < N) s->y[c + head + i0 + i][t] = y[i];
-      }
-      for (int j = 0; j < N; j++) FOR_LANE(i) if (i0 + i < N) S[j * N + i] = z[j][i];
-    }
-  }
-}
-#endif
-
-PART void normalise(Model *m, buf y, buf x, Tensor w, Tensor b) {
-  SUM_ALL(sum, d, D, V(x, d))
-  vf mean = sum * (1.0f / D);
-  SUM_ALL(squares, d, D, (V(x, d) - mean) * (V(x, d) - mean))
-  vf inv = 1.0f / VECTOR(sqrt)(squares * (1.0f / D) + 1e-5f);
-  EACH(d, D) V(y, d) = (V(x, d) - mean) * inv * PARAM(w, d) + PARAM(b, d);
+  ADD(f->sum[e], sum);
+  UNROLL for (int k = 0; k < R; k++) ADD(f->xB[e][k], 2 * plus[k] - sum);
+  ONCE f->scale[e] = top * (1.0f / 127);
   SYNC;
 }
 
-// dx = the input of the token before, minus h; the state, from `at`, keeps the last one for the next call
-PART void token_shift(Model *m, int l, int at) {
-  FAST(Fast, s, m->s);
-#if BATCH
-  EACH(t, m->lanes) {
-    float *last = STATE_OF(t) + at;
-    SPREAD(d, D) {
-      s->dx[d][t] = last[d] - s->h[d][t];
-      last[d] = s->h[d][t];
-    }
-  }
-#else
-  float *carry = STATE_OF(0) + at;
-  EACH(d, D) V(s->dx, d) = before(s->h[d], carry[d]) - V(s->h, d);
-  SYNC;
-  FLAT(d, D) carry[d] = s->h[d][m->lanes - 1];
-#endif
-  SYNC;
-}
+// Where row o and byte k of a packed matrix is: blocks of 8 rows x 32 bytes; cols: how many bytes, a multiple of 32.
+#define PACKED_AT(o, k, cols) ((o) / 8 * 8 * (cols) + (k) / 32 * 256 + (o) % 8 * 32 + (k) % 32)
 
-#define PLAIN(input, x, n, kind) quantise(m, input, x, n, BLOCK(kind), 0, BLOCK(kind))
-#define MIXED(input, mu, kind) quantise(m, input, s->h, D, BLOCK(kind), 1, BLOCK(mu))
-
-INLINE void time_mix(Model *m, int l) {
-  FAST(Fast, s, m->s);
-  buf x = m->g->x, v_first = m->g->v_first;
-  normalise(m, s->h, x, BLOCK(LN1_WEIGHT), BLOCK(LN1_BIAS));
-  token_shift(m, l, 0);
-  MIXED(s->in_w, ATT_X_W, ATT_W1);
-  MIXED(s->in_a, ATT_X_A, ATT_A1);
-  MIXED(s->in_g, ATT_X_G, ATT_G1);
-  if (l) MIXED(s->in_u, ATT_X_V, ATT_V1);
-  MIXED(s->in_r, ATT_X_R, ATT_RECEPTANCE_WEIGHT);
-  MIXED(s->in_k, ATT_X_K, ATT_KEY_WEIGHT);
-  MIXED(s->in_v, ATT_X_V, ATT_VALUE_WEIGHT);  // since in_u there were several SYNCs
-  matmul(s->lora[0], m, s->in_w, BLOCK(ATT_W1), 0, LORA_W, D);
-  matmul(s->lora[1], m, s->in_a, BLOCK(ATT_A1), 0, LORA_A, D);
-  matmul(s->lora[2], m, s->in_g, BLOCK(ATT_G1), 0, LORA_G, D);
-  if (l) matmul(s->lora[3], m, s->in_u, BLOCK(ATT_V1), 0, LORA_V, D);
-  SYNC;
-  EACH(d, LORA_W) V(s->lora[0], d) = tanh_(V(s->lora[0], d));
-  EACH(d, LORA_G) V(s->lora[2], d) = sigmoid(V(s->lora[2], d));
-  PLAIN(s->lora_w, s->lora[0], LORA_W, ATT_W2);
-  PLAIN(s->lora_a, s->lora[1], LORA_A, ATT_A2);
-  PLAIN(s->lora_g, s->lora[2], LORA_G, ATT_G2);
-  if (l) PLAIN(s->lora_v, s->lora[3], LORA_V, ATT_V2);
-  SYNC;
-  for (int c = 0; c < D; c += GROUP) {            // some heads at a time
-    const int width = D - c < GROUP ? D - c : GROUP;
-    matmul(s->r, m, s->in_r, BLOCK(ATT_RECEPTANCE_WEIGHT), c, width, D);
-    matmul(s->k, m, s->in_k, BLOCK(ATT_KEY_WEIGHT), c, width, D);
-    matmul(s->v, m, s->in_v, BLOCK(ATT_VALUE_WEIGHT), c, width, D);
-    matmul(s->w, m, s->lora_w, BLOCK(ATT_W2), c, width, LORA_W);
-    matmul(s->a, m, s->lora_a, BLOCK(ATT_A2), c, width, LORA_A);
-    if (l) matmul(s->kk, m, s->lora_v, BLOCK(ATT_V2), c, width, LORA_V);
-    SYNC;
-    EACH(d, width) {
-      V(s->w, d) = exp2_((float)(-0.606531 * 1.4426950408889634) * sigmoid(PARAM(BLOCK(ATT_W0), c + d) + V(s->w, d)));
-      V(s->a, d) = sigmoid(PARAM(BLOCK(ATT_A0), c + d) + V(s->a, d));
-      if (l)
-        V(s->v, d) = V(s->v, d) + (V(v_first, c + d) - V(s->v, d)) * sigmoid(PARAM(BLOCK(ATT_V0), c + d) + V(s->kk, d));
-      else
-        V(v_first, c + d) = V(s->v, d);
-      V(s->kk, d) = V(s->k, d) * PARAM(BLOCK(ATT_K_K), c + d);
-    }
-    SYNC;
-    EACH(h, width / N) {
-      SUM(squares, i, N, V(s->kk, h * N + i) * V(s->kk, h * N + i))
-      V(s->norm, h) = 1.0f / vmax(VECTOR(sqrt)(squares), splat(1e-12f));
-    }
-    SYNC;
-    EACH(d, width) {
-      V(s->kk, d) = V(s->kk, d) * V(s->norm, d / N);
-      V(s->k, d) = V(s->k, d) * (1.0f + (V(s->a, d) - 1.0f) * PARAM(BLOCK(ATT_K_A), c + d));
-      V(s->a, d) = V(s->kk, d) * V(s->a, d);      // from here on a is b
-    }
-    SYNC;
-    recurrence(m, l, c, width);
-    SYNC;
-    matmul(s->w, m, s->lora_g, BLOCK(ATT_G2), c, width, LORA_G);  // w has done its work; from here on it is g
-    EACH(h, width / N) {                          // the norm of a head, and the bonus of the current token
-      buf y = s->y + c + h * N;
-      SUM(sum, i, N, V(y, i))
-      vf mean = sum * (1.0f / N);
-      SUM(squares, i, N, (V(y, i) - mean) * (V(y, i) - mean))
-      SUM(bonus, i, N, V(s->r, h * N + i) * V(s->k, h * N + i) * PARAM(BLOCK(ATT_R_K), c + h * N + i))
-      V(s->mean, h) = mean;
-      V(s->norm, h) = 1.0f / VECTOR(sqrt)(squares * (1.0f / N) + 64e-5f);
-      V(s->bonus, h) = bonus;
-    }
-    SYNC;
-    EACH(d, width) {
-      vf y = (V(s->y, c + d) - V(s->mean, d / N)) * V(s->norm, d / N) * PARAM(BLOCK(ATT_LN_X_WEIGHT), c + d)
-             + PARAM(BLOCK(ATT_LN_X_BIAS), c + d);
-      V(s->y, c + d) = (y + V(s->bonus, d / N) * V(s->v, d)) * V(s->w, d);
-    }
-    SYNC;
-  }
-  PLAIN(s->in_r, s->y, D, ATT_OUTPUT_WEIGHT);
-  SYNC;
-  matmul(s->h, m, s->in_r, BLOCK(ATT_OUTPUT_WEIGHT), 0, D, D);
-  SYNC;
-  EACH(d, D) V(x, d) = V(x, d) + V(s->h, d);
-  SYNC;
-}
-
-INLINE void channel_mix(Model *m, int l) {
-  FAST(Fast, s, m->s);
-  buf x = m->g->x;
-  normalise(m, s->h, x, BLOCK(LN2_WEIGHT), BLOCK(LN2_BIAS));
-  token_shift(m, l, D);
-  MIXED(s->in_k, FFN_X_K, FFN_KEY_WEIGHT);
-  SYNC;
-  matmul(s->wide, m, s->in_k, BLOCK(FFN_KEY_WEIGHT), 0, F, D);
-  SYNC;
-  EACH(d, F) {
-    vf k = vmax(V(s->wide, d), splat(0.0f));
-    V(s->wide, d) = k * k;
-  }
-  PLAIN(s->in_wide, s->wide, F, FFN_VALUE_WEIGHT);
-  SYNC;
-  matmul(s->wide, m, s->in_wide, BLOCK(FFN_VALUE_WEIGHT), 0, D, F);
-  SYNC;
-  EACH(d, D) V(x, d) = V(x, d) + V(s->wide, d);
-  SYNC;
-}
-
-// Works out the member's own vectors number `first` to `last`.
-FUNCTION void vectors(Model *m, int first, int last) {
-  FAST(Fast, s, m->s);
-  m->vec = first * D;
-  EACH(i, last - first) {
-    const Tensor t = TABLE[VECTOR[first + i].tensor];
-#if BATCH
-    for (int w = 0; w < WORDS_OF(D); w++) {
-      vu h[R];
-      if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) h[k] = noise(m, k, t.word + w);
-      for (int o = 32 * w; o < 32 * w + 32 && o < D; o++) {
-        vf q = splat((float)FETCH(m->w + t.at + o));
-        if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) q = q + AS_F(AS_I(m->c) ^ minus(h[k], o % 32));
-        PARAM(t, o) = q * FETCH(m->scale + t.row + o);
-      }
-    }
-#else
-    const u32 k0 = AT(m->k0, 0), k1 = AT(m->k1, 0);
-    const float c = AT(m->c, 0);
-    SPREAD(o, D) {
-      float q = FETCH(m->w + t.at + o);
-      if (NOISY(t)) for (int k = 0; k < R; k++)
-        q = q + (noise_word(k0, k1, k * WORDS + t.word + o / 32) >> o % 32 & 1 ? c : -c);
-      PARAM(t, o) = q * FETCH(m->scale + t.row + o);
-    }
-#endif
-  }
-}
-
-// Draws the noise of a task's members.
-INLINE void perturb(Model *m, u32 seed, u32 step, int member, float c) {
-  FOR_LANE(t) {
-    const int mine = BATCH ? member + t : member;
-    AT(m->k0, t) = key0(seed, step, mine / 2);
-    AT(m->k1, t) = key1(seed, step, mine / 2);
-    AT(m->c, t) = mine % 2 ? -c : c;
-  }
-#if STORED
-  FAST(Fast, s, m->s);
-  if (m->rank && s->pair != member / 2) for (int w = 0; w < R * WORDS; w++) {
-    u32 h = noise_word(m->k0[0], m->k1[0], w);
-    for (int b = 0; b < 32; b++) s->noise[32 * w + b] = (int)(h >> b & 1) * 2 - 1 + BIAS;
-    for (int b = 0; b < 32; b++) s->minus[32 * w + b] = ~(h >> b) << 31;
-  }
-  s->pair = member / 2;
-#endif
-#if NAIVE  // what EGGROLL avoids: +-1 for every weight of a matrix, and the whole matrices written out
-  FLAT(i, PACKED / 4) {
-    const u32 h = noise_word(AT(m->k0, 0), AT(m->k1, 0), R * WORDS + i / 8) ^ -(u32)(member % 2);
-    const int w = ((const int *)m->packed)[i], e = BYTES(h, i % 8 * 4) ^ BIAS * 0x01010101u;
-    ((int *)m->g->packed)[i] = ((w & 0x7F7F7F7F) + (e & 0x7F7F7F7F)) ^ ((w ^ e) & (int)0x80808080);  // bytes added
-  }
-  m->packed = m->g->packed;
-  m->rank = 0;
-#endif
-}
-
-#if BATCH
-// `choose` in Python: the token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
-// SYNC comes after it.
-FUNCTION vi choose(Model *m, float heat, int at) {
-  vf best = splat(-3e38f);
-  vi found = isplat(0);
-  EACH(v, VOCAB) {
-    vf z = V(m->g->logits, v);
-    if (heat != 0)
-      z = z * heat - log2_(-log2_((I2F((vi)(noise(m, R, at * VOCAB + v) >> 9)) + 0.5f) * (1.0f / 8388608)));
-    found = PICK(z > best, isplat(v), found);
-    best = vmax(z, best);
-  }
-#ifdef __CUDACC__  // of what the warps have found, the best and, of equals, the first
-  FAST(Fast, s, m->s);
-  s->part[0][WARP][LANE] = best;
-  s->part[1][WARP][LANE] = I2F(found);
-  SYNC;
-  for (int w = 0; w < WARPS; w++) {
-    const float z = s->part[0][w][LANE];
-    const int v = (int)s->part[1][w][LANE];
-    if (z > best || (z == best && v < found)) best = z, found = v;
-  }
-#endif
-  return found;
-}
-#endif
-
-// Runs `members` members, the first of them number `base` of the population, over T tokens: the i-th of them reads
-// text[start[i]]..., and adds what it costs to predict each next token to score[i], in 1/4096 bit. w and packed: the
-// weights row by row and as `pack` leaves them. state (float [P][L * STATE], carried on) and logits (float
-// [P][T][VOCAB]) may be null. With BATCH they are not used, and only the first given[i] tokens are there to read:
-// member i writes what follows, up to `length` tokens or the token `stop`.
-KERNEL score(const i8 *w, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
-             int members, int base, u32 seed, u32 step, float c, int *score, float *state, float *logits,
-             const int *given, int length, float heat, int stop, int first, int last, void *scratch) {
-  Task *g = SLOT(scratch, Task);
-  FAST(Fast, s, &g->fast);
-  Model model = {w, packed, scale, s, g}, *m = &model;
-  buf x = g->x;
-#if STORED
-  s->pair = -1;
-#endif
-  TASKS(task) {
-    const int member = BATCH ? task * LANES : task;
-    m->packed = packed;
-    m->rank = c != 0 ? R : 0;
-    perturb(m, seed, step, base + member, c);
-    m->state = BATCH || !state ? g->state : state + (i64)member * (L * STATE);
-    if (m->state == g->state) FLAT(i, (BATCH ? LANES : 1) * L * STATE) g->state[i] = 0;
-    if (STORED) vectors(m, 0, VECTORS);
-    vi done = isplat(0);                          // lanes that have written all they should, or are not there
-    if (BATCH) FOR_LANE(t) AT(done, t) = member + t < members ? 0 : -1;
-    for (int t0 = 0; t0 < T; t0 += BATCH ? 1 : LANES) {
-      const int left = BATCH ? members - member : T - t0;
-      m->lanes = left < LANES ? left : LANES;
-      #define READ(t, ahead) text[start[BATCH ? member + (t) : member] + t0 + (BATCH ? 0 : (t)) + (ahead)]
-      const Tensor e = TABLE[EMB_WEIGHT];
-      FOR_LANE(t) {
-        const int token = READ(t < m->lanes ? t : 0, 0);
-        const u32 k0 = AT(m->k0, t), k1 = AT(m->k1, t);
-        float a[R];
-        for (int k = 0; k < R; k++)
-          a[k] = noise_word(k0, k1, k * WORDS + e.word + token / 32) >> token % 32 & 1 ? AT(m->c, t) : -AT(m->c, t);
-        EACH(i, WORDS_OF(D)) {
-          u32 b[R];
-          for (int k = 0; k < R; k++) b[k] = noise_word(k0, k1, k * WORDS + e.word + WORDS_OF(VOCAB) + i);
-          for (int d = 32 * i; d < 32 * i + 32 && d < D; d++) {
-            float z = FETCH(w + e.at + token * D + d);
-            if (NOISY(e)) for (int k = 0; k < R; k++) z = z + (b[k] >> d % 32 & 1 ? a[k] : -a[k]);
-            x[d][t] = z * FETCH(scale + e.row + token);
-          }
-        }
-      }
-      SYNC;
-      if (!STORED) vectors(m, 0, FIRST_VECTOR(0));
-      normalise(m, x, x, TABLE[BLOCKS_0_LN0_WEIGHT], TABLE[BLOCKS_0_LN0_BIAS]);
-      for (int l = 0; l < L; l++) {
-        if (!STORED) vectors(m, FIRST_VECTOR(l), l + 1 < L ? FIRST_VECTOR(l + 1) : VECTORS);
-        time_mix(m, l);
-        channel_mix(m, l);
-      }
-      if (!STORED) vectors(m, 0, FIRST_VECTOR(0));
-      normalise(m, s->h, x, TABLE[LN_OUT_WEIGHT], TABLE[LN_OUT_BIAS]);
-      quantise(m, s->in_r, s->h, D, TABLE[HEAD_WEIGHT], 0, TABLE[HEAD_WEIGHT]);
-      SYNC;
-      matmul(g->logits, m, s->in_r, TABLE[HEAD_WEIGHT], 0, VOCAB, D);
-      SYNC;
-#if BATCH
-      const vi next = choose(m, heat, t0);
-      vi own = done;                              // lanes that write this token
-      FOR_LANE(t) AT(own, t) = !AT(done, t) && given[member + t] <= t0 + 1;
-      EACH(i, 1) FOR_LANE(t) if (AT(own, t)) text[start[member + t] + t0 + 1] = AT(next, t);
-      SYNC;
-#else
-      if (logits) EACH(t, m->lanes) SPREAD(v, VOCAB) logits[((i64)member * T + t0 + t) * VOCAB + v] = g->logits[v][t];
-#endif
-      TOP_ALL(-3e38f, top, v, VOCAB, V(g->logits, v))
-      SUM_ALL(total, v, VOCAB, exp2_((V(g->logits, v) - top) * LOG2E))
-      vf target;
-      FOR_LANE(t) AT(target, t) = g->logits[t < m->lanes ? READ(t, 1) : 0][t];
-      vf bits = log2_(total) - (target - top) * LOG2E;
-      vi cost = AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - 0x4B400000;  // the bits of MAGIC itself
-      EACH(i, 1) FOR_LANE(t) if (t < m->lanes && !AT(done, t)) ADD(&score[BATCH ? member + t : member], AT(cost, t));
-#if BATCH
-      FOR_LANE(t) if (AT(own, t) && (AT(next, t) == stop || t0 + 2 >= given[member + t] + length)) AT(done, t) = -1;
-      if (ALL(done)) break;
-#endif
-    }
-  }
-}
-
-// The weights of matrices + BIAS, as `matmul` wants them; a task is one unit of the update.
-KERNEL pack(const i8 *w, i8 *packed, int first, int last, void *scratch) {
-  TASKS(u) {
+// Packs the weights of matrices, + BIAS, in the order of the codes; unit by unit of the update
+KERNEL pack(const i8 *weights, i8 *packed, int first, int last, void *scratch) {
+  MINE(u) {
     const Tensor t = TABLE[UNITS[u].tensor];
-    const int row = UNITS[u].row, left = t.out - row;
-    if (t.cols) EACH(j, left < UNIT ? left : UNIT) SPREAD(k, PAD(t.cols, 64))
-      packed[t.pack + PACKED_AT(row + j, k, t.cols)] = k < t.cols ? w[t.at + (row + j) * t.cols + k] + BIAS : 0;
+    if (t.cols) for (int o = UNITS[u].row; o < UNITS[u].row + UNIT && o < t.out; o++) FLAT(k, PAD(t.cols)) {
+      const int at = k / 32 * 32 + k % 8 * 4 + k / 8 % 4;
+      packed[t.pack + PACKED_AT(o, at, PAD(t.cols))] = k < t.cols ? weights[t.at + o * t.cols + k] + BIAS : 0;
+    }
   }
 }
 
-// ---- the update: Z = sum_i f_i A_i B_i^T, UNIT rows of a tensor at a time; here a lane is a column of Z
+// acc[e][j] += row j of packed weights, cols long, times the codes q of each lane of token e
+INLINE void product(vi acc[][ROWS], const int tokens, const int rows, const i8 *w, const codes *q, int stride,
+                    int cols) {
+#ifdef MMA  // Which bytes of x and w meet is free, as long as they belong together: a thread takes two words of a row.
+            // What it gets are results of other rows and lanes (see the PTX manual), which pass through fast memory.
+  int c[TOGETHER][ROWS / 8][2][4] = {}, (*swap)[36] = (int (*)[36])shared_memory + WARP * 8;
+  const int lane = LANE / 4, word = LANE % 4 * 2;
+  for (int k = 0; k < cols; k += 32, w += 256) UNROLL for (int g = 0; g < rows / 8; g++) {
+    const int2 row = *(const int2 *)(w + g * 8 * cols + 8 * LANE);
+    UNROLL for (int e = 0; e < tokens; e++) UNROLL for (int h = 0; h < 2; h++) {
+      const codes *x = q + e * stride + k / 4 + word;
+      const int *a = x[0].of + lane + 16 * h, *b = x[1].of + lane + 16 * h;
+      MMA(c[e][g][h], a[0], a[8], b[0], b[8], row.x, row.y);
+    }
+  }
+  UNROLL for (int e = 0; e < tokens; e++) UNROLL for (int g = 0; g < rows / 8; g++) {
+    UNROLL for (int i = 0; i < 8; i++) swap[word + i % 2][lane + i / 2 * 8] = c[e][g][i / 4][i % 4];
+    SYNC_WARP;
+    UNROLL for (int j = 0; j < 8; j++) acc[e][8 * g + j] += swap[j][LANE];
+    SYNC_WARP;
+  }
+#else
+  for (int k = 0; k < cols; k += 32, w += 256) UNROLL_2 for (int i = 0; i < 8; i++) {
+    vi x[TOGETHER];
+    UNROLL for (int e = 0; e < tokens; e++) x[e] = q[e * stride + k / 4 + i];
+    UNROLL for (int j = 0; j < rows; j++) {
+      const vi row = isplat(*(const int *)(w + PACKED_AT(j, 4 * i, cols)));
+      UNROLL for (int e = 0; e < tokens; e++) acc[e][j] = dot4(acc[e][j], x[e], row);
+    }
+  }
+#endif
+}
 
-#define PAIRS 256                                 // pairs whose noise is held at once: the inner dimension of a product
+// y = (codes W^T + c (codes B) A^T) times the scales, `rows` rows at a time, for the codes and codes B of `quantise`
+INLINE void tiles(Call *m, const int tokens, const int rows, fs *y, Tensor t) {
+  Batch *s = m->s;
+  Fast *f = m->f;
+  EACH(tile, (t.out + rows - 1) / rows) {
+    const int o = tile * rows, cols = PAD(t.cols);
+    vi acc[TOGETHER][ROWS];
+    UNROLL for (int e = 0; e < tokens; e++) UNROLL for (int j = 0; j < rows; j++) acc[e][j] = f->sum[e] * -BIAS;
+    product(acc, tokens, rows, m->packed + t.pack + PACKED_AT(o, 0, cols), f->q[0], CODES, cols);
+    vf z[TOGETHER][ROWS], x_scale[TOGETHER];
+    UNROLL for (int e = 0; e < tokens; e++) x_scale[e] = f->scale[e];
+    UNROLL for (int e = 0; e < tokens; e++) UNROLL for (int j = 0; j < rows; j++) z[e][j] = I2F(acc[e][j]);
+    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
+      const vu A = NOISE(k, t.word + o / 32) >> o % 32;
+      UNROLL for (int e = 0; e < tokens; e++) {
+        const vf cxB = s->c * I2F(f->xB[e][k]);
+        UNROLL for (int j = 0; j < rows; j++) z[e][j] = z[e][j] + times(cxB, A, j);
+      }
+    }
+    UNROLL for (int j = 0; j < rows; j++) if (o + j < t.out) {
+      const float scale = m->scale[t.row + o + j];
+      UNROLL for (int e = 0; e < tokens; e++) y[e * t.out + o + j] = z[e][j] * scale * x_scale[e];
+    }
+  }
+  SYNC;
+}
+
+// Of n tokens. There are registers for ROWS accumulators: ROWS rows of one token, or half as many of two.
+FUNCTION void matmul(Call *m, int n, fs *y, Tensor t) {
+  if (n == TOGETHER) tiles(m, TOGETHER, ROWS / TOGETHER, y, t);
+  else tiles(m, 1, ROWS, y, t);
+}
+
+INLINE void linear(Call *m, int n, fs *y, const fs *x, Tensor t) {
+  SYNC;
+  for (int e = 0; e < n; e++) quantise(m, e, x + e * t.cols, t);
+  matmul(m, n, y, t);
+}
+
+// ---- the model, n tokens of each member at a time; d % D, d / N: channel and head of entry d of n D
+
+FUNCTION void layer_norm(Call *m, int n, fs *y, const fs *x, Tensor weight, Tensor bias) {
+  Batch *s = m->s;
+  SYNC;
+  for (int e = 0; e < n; e++, x += D, y += D) {
+    const vf mean = SUM_ALL(d, D, x[d]) * (1.0f / D);
+    const vf variance = SUM_ALL(d, D, (x[d] - mean) * (x[d] - mean)) * (1.0f / D);
+    const vf inv = 1.0f / vsqrt(variance + 1e-5f);
+    EACH(d, D) y[d] = (x[d] - mean) * inv * VEC(weight)[d] + VEC(bias)[d];
+  }
+}
+
+// mixed[i] = h + (h of the token before - h) mu[i], for a mu and those that follow it; `before` is part of the state
+INLINE void token_shift(Call *m, int n, fs *before, Tensor mu, const int mixes) {
+  Batch *s = m->s;
+  SYNC;
+  EACH(d, D) for (int e = 0; e < n; e++) {
+    const vf h = s->h[e * D + d], dx = before[d] - h;
+    before[d] = h;
+    UNROLL for (int i = 0; i < mixes; i++) s->mixed[i][e * D + d] = h + dx * VEC(mu)[i * D + d];
+  }
+}
+
+// S <- S diag(w) - (S kk) b^T + v k^T, then y = S r, for VALUES rows of S at a time, each a value channel of a head
+#define VALUES (LANES < 16 || N % 2 ? 1 : 2)
+#define KEYS(j) for (int j0 = 0; j0 < N; j0 += 8) UNROLL for (int l = 0, j = j0; l < 8; l++, j++) if (j < N)
+#define VALUE(o) UNROLL for (int o = 0; o < VALUES; o++)
+FUNCTION void recurrence(Batch *s, int n, fs *state) {
+  SYNC;
+  for (int e = 0; e < n; e++) EACH(i, D / VALUES) {
+    const int d = e * D + i * VALUES, head = d / N * N;
+    const fs *r = s->r + head, *w = s->w + head, *k = s->k + head, *kk = s->kk + head, *b = s->b + head;
+    fs *S = state + i * VALUES * N;
+    vf Skk[VALUES][8], y[VALUES][8], sa[VALUES], v[VALUES];
+    VALUE(o) UNROLL for (int l = 0; l < 8; l++) Skk[o][l] = y[o][l] = splat(0.0f);
+    KEYS(j) {
+      const vf kk_j = kk[j];                      // read once, which a compiler cannot know
+      VALUE(o) Skk[o][l] = Skk[o][l] + S[o * N + j] * kk_j;
+    }
+    VALUE(o) sa[o] = -FOLD(vadd, Skk[o]);
+    VALUE(o) v[o] = s->v[d + o];
+    KEYS(j) {
+      const vf w_j = w[j], b_j = b[j], k_j = k[j], r_j = r[j];
+      VALUE(o) {
+        const vf z = S[o * N + j] * w_j + sa[o] * b_j + v[o] * k_j;
+        S[o * N + j] = z;
+        y[o][l] = y[o][l] + z * r_j;
+      }
+    }
+    VALUE(o) s->y[d + o] = FOLD(vadd, y[o]);
+  }
+  SYNC;
+}
+
+FUNCTION void time_mix(Call *m, int l, int n, fs *x, fs *v_first) {
+  Batch *s = m->s;
+  const Tensor *W = TABLE + GLOBALS + l * KINDS;  // the parameters of layer l
+  fs *xr = s->mixed[0], *xw = s->mixed[1], *xk = s->mixed[2], *xv = s->mixed[3], *xa = s->mixed[4], *xg = s->mixed[5];
+  fs *r = s->r, *w = s->w, *k = s->k, *v = s->v, *a = s->a, *g = s->g, *kk = s->kk, *b = s->b, *y = s->y;
+  layer_norm(m, n, s->h, x, W[LN1_WEIGHT], W[LN1_BIAS]);
+  token_shift(m, n, s->state[l], W[ATT_X_R], 6);
+  linear(m, n, r, xr, W[ATT_RECEPTANCE_WEIGHT]);
+  linear(m, n, s->inner, xw, W[ATT_W1]);
+  EACH(d, n * MLP_W) s->inner[d] = tanh_(s->inner[d]);
+  linear(m, n, w, s->inner, W[ATT_W2]);
+  EACH(d, n * D) w[d] = sigmoid(VEC(W[ATT_W0])[d % D] + w[d]);
+  EACH(d, n * D) w[d] = exp2_((float)(-0.606531 * 1.4426950408889634) * w[d]);  // the decay
+  linear(m, n, k, xk, W[ATT_KEY_WEIGHT]);
+  linear(m, n, v, xv, W[ATT_VALUE_WEIGHT]);
+  if (l == 0) EACH(d, n * D) v_first[d] = v[d];
+  else {
+    linear(m, n, s->inner, xv, W[ATT_V1]);
+    linear(m, n, s->gate, s->inner, W[ATT_V2]);
+    EACH(d, n * D) v[d] = v[d] + (v_first[d] - v[d]) * sigmoid(VEC(W[ATT_V0])[d % D] + s->gate[d]);
+  }
+  linear(m, n, s->inner, xa, W[ATT_A1]);
+  linear(m, n, a, s->inner, W[ATT_A2]);
+  EACH(d, n * D) a[d] = sigmoid(VEC(W[ATT_A0])[d % D] + a[d]);
+  linear(m, n, s->inner, xg, W[ATT_G1]);
+  EACH(d, n * MLP_G) s->inner[d] = sigmoid(s->inner[d]);
+  linear(m, n, g, s->inner, W[ATT_G2]);
+  EACH(d, n * D) kk[d] = k[d] * VEC(W[ATT_K_K])[d % D];
+  SYNC;
+  EACH(h, n * D / N) s->norm[h] = 1.0f / vmax(vsqrt(SUM(i, N, kk[h * N + i] * kk[h * N + i])), splat(1e-12f));
+  SYNC;
+  EACH(d, n * D) {
+    kk[d] = kk[d] * s->norm[d / N];
+    k[d] = k[d] * (1.0f + (a[d] - 1.0f) * VEC(W[ATT_K_A])[d % D]);
+    b[d] = kk[d] * a[d];
+  }
+  recurrence(s, n, s->state[l] + 2 * D);
+  EACH(h, n * D / N) {                            // the norm of a head, and the bonus of the current token
+    const int c = h * N;
+    const vf mean = SUM(i, N, y[c + i]) * (1.0f / N);
+    const vf variance = SUM(i, N, (y[c + i] - mean) * (y[c + i] - mean)) * (1.0f / N);
+    s->mean[h] = mean;
+    s->norm[h] = 1.0f / vsqrt(variance + 64e-5f);
+    s->bonus[h] = SUM(i, N, r[c + i] * k[c + i] * VEC(W[ATT_R_K])[c % D + i]);
+  }
+  SYNC;
+  EACH(d, n * D) {
+    const vf normed = (y[d] - s->mean[d / N]) * s->norm[d / N] * VEC(W[ATT_LN_X_WEIGHT])[d % D]
+                      + VEC(W[ATT_LN_X_BIAS])[d % D];
+    y[d] = (normed + s->bonus[d / N] * v[d]) * g[d];
+  }
+  linear(m, n, s->h, y, W[ATT_OUTPUT_WEIGHT]);
+  EACH(d, n * D) x[d] = x[d] + s->h[d];
+}
+
+FUNCTION void channel_mix(Call *m, int l, int n, fs *x) {
+  Batch *s = m->s;
+  const Tensor *W = TABLE + GLOBALS + l * KINDS;
+  fs *k = s->wide;
+  layer_norm(m, n, s->h, x, W[LN2_WEIGHT], W[LN2_BIAS]);
+  token_shift(m, n, s->state[l] + D, W[FFN_X_K], 1);
+  linear(m, n, k, s->mixed[0], W[FFN_KEY_WEIGHT]);
+  EACH(d, n * F) {
+    const vf positive = vmax(k[d], splat(0.0f));
+    k[d] = positive * positive;
+  }
+  linear(m, n, s->h, k, W[FFN_VALUE_WEIGHT]);
+  EACH(d, n * D) x[d] = x[d] + s->h[d];
+}
+
+// x = the embedding of a token of each lane
+FUNCTION void embedding(Call *m, fs *x, vi token) {
+  Batch *s = m->s;
+  const Tensor t = TABLE[EMB_WEIGHT];
+  vf scale, cA[R];
+  FOR_LANE(l) {
+    AT(scale, l) = m->scale[t.row + AT(token, l)];
+    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
+      const u32 A = AT(NOISE(k, t.word + AT(token, l) / 32), l);
+      AT(cA[k], l) = A >> AT(token, l) % 32 & 1 ? AT(s->c, l) : -AT(s->c, l);
+    }
+  }
+  EACH(d, D) {
+    vf z;
+    FOR_LANE(l) AT(z, l) = m->weights[t.at + AT(token, l) * D + d];
+    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++)
+      z = z + times(cA[k], NOISE(k, t.word + WORDS_OF(VOCAB) + d / 32), d % 32);
+    x[d] = z * scale;
+  }
+}
+
+// What it costs to predict token `next` by the logits z, in 1/4096 bit.
+FUNCTION vi loss(Call *m, const fs *z, vi next) {
+  const vf top = TOP_ALL(v, VOCAB, -3e38f, z[v]), total = SUM_ALL(v, VOCAB, exp2_((z[v] - top) * LOG2E));
+  vf target;
+  FOR_LANE(l) AT(target, l) = AT(z[AT(next, l)], l);
+  const vf bits = log2_(total) - (target - top) * LOG2E;
+  return AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - AS_I(splat(MAGIC));
+}
+
+// The token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
+INLINE vf gumbel(Call *m, const fs *z, float heat, int at, int v) {
+  if (heat == 0) return z[v];
+  const vf u = (I2F((vi)(noise_words(m, R * WORDS + at * VOCAB + v) >> 9)) + 0.5f) * (1.0f / 8388608);
+  return z[v] * heat - log2_(-log2_(u));
+}
+FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
+  const vf best = TOP_ALL(v, VOCAB, -3e38f, gumbel(m, z, heat, at, v));
+  const vf first = TOP_ALL(v, VOCAB, -65536.0f,   // of equals the first
+                           PICK(gumbel(m, z, heat, at, v) >= best, splat(-1.0f * v), splat(-65536.0f)));
+  return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
+}
+
+// NumpyBackend.play, of the same arguments; c: sigma / sqrt(R); LANES runs at a time are a batch
+KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
+            int runs, const i64 *member, u32 seed, u32 step, float c, int *cost, float *state, float *logits,
+            const int *given, int length, float heat, int stop, int first, int last, void *scratch) {
+  #define STATE ((i64)L * (2 + N) * D)            // floats of a member's state
+  Batch *s = SLOT(Batch);
+  fs *S = s->state[0];
+  Call call = {weights, packed, scale, s, FAST(Fast, &s->fast), c != 0, -1, 0}, *m = &call;
+  MINE(batch) {
+    i64 PER_LANE(at);                             // where the lane's text starts
+    int PER_LANE(have), PER_LANE(run), ready = T + 1;  // tokens that it has; its run; tokens that all have
+    vi done;                                      // -1 where the lane has no more to do
+    SYNC;
+    FOR_LANE(l) {
+      const int i = batch * LANES + l;
+      AT(done, l) = i < runs ? 0 : -1;
+      AT(run, l) = i < runs ? i : runs - 1;
+      AT(at, l) = start[AT(run, l)];
+      AT(have, l) = given[AT(run, l)];
+      const i64 number = member[AT(run, l)];
+      ONCE AT(s->k0, l) = key0(seed, step, number / 2);
+      ONCE AT(s->k1, l) = key1(seed, step, number / 2);
+      ONCE AT(s->c, l) = number % 2 ? -c : c;
+      EACH(i, STATE) AT(S[i], l) = state ? state[AT(run, l) * STATE + i] : 0;
+    }
+    for (int i = batch * LANES; i < (batch + 1) * LANES && i < runs; i++) if (given[i] < ready) ready = given[i];
+    SYNC;
+    if (m->noisy) EACH(w, R * WORDS) s->words[w] = noise_words(m, w);
+    SYNC;
+    vectors(m, 0, GLOBALS);
+    m->layer = -1;
+    for (int t0 = 0, t1; t0 < T && !ALL(done); t0 = t1) {  // a chunk of given tokens, or a single one
+      t1 = t0 < ready ? least(least(t0 + CHUNK, ready), T) : t0 + 1;
+      for (int t = t0; t < t1; t++) {
+        vi token;
+        FOR_LANE(l) AT(token, l) = text[AT(at, l) + t];
+        embedding(m, s->x + (t - t0) * D, token);
+      }
+      layer_norm(m, t1 - t0, s->x, s->x, TABLE[BLOCKS_0_LN0_WEIGHT], TABLE[BLOCKS_0_LN0_BIAS]);
+      for (int l = 0; l < L; l++) {               // all tokens go through a layer while its weights are in the cache
+        if (m->layer != l) vectors(m, GLOBALS + l * KINDS, GLOBALS + (l + 1) * KINDS);
+        m->layer = l;
+        for (int i = 0; i < t1 - t0; i += TOGETHER) {
+          const int n = least(TOGETHER, t1 - t0 - i);
+          time_mix(m, l, n, s->x + i * D, s->v_first + i * D);
+          channel_mix(m, l, n, s->x + i * D);
+        }
+      }
+      for (int i = 0; i < t1 - t0; i += TOGETHER) {
+        const int n = least(TOGETHER, t1 - t0 - i);
+        layer_norm(m, n, s->h, s->x + i * D, TABLE[LN_OUT_WEIGHT], TABLE[LN_OUT_BIAS]);
+        linear(m, n, s->logits, s->h, TABLE[HEAD_WEIGHT]);
+        for (int e = 0; e < n; e++) {
+          const int t = t0 + i + e;
+          const fs *z = s->logits + e * VOCAB;
+          vi next = isplat(0);
+          if (t + 1 >= ready) next = choose(m, z, heat, t);
+          FOR_LANE(l) if (!AT(done, l)) {
+            unsigned short *following = text + AT(at, l) + t + 1;
+            if (AT(have, l) > t + 1) AT(next, l) = *following;
+            else ONCE *following = AT(next, l);
+          }
+          const vi bits = loss(m, z, next);
+          if (logits) FOR_LANE(l) EACH(v, VOCAB) if (batch * LANES + l < runs)
+            logits[((i64)AT(run, l) * T + t) * VOCAB + v] = AT(z[v], l);
+          FOR_LANE(l) if (!AT(done, l)) {
+            ONCE cost[AT(run, l)] += AT(bits, l);
+            if (AT(have, l) <= t + 1 && (AT(next, l) == stop || t + 2 >= AT(have, l) + length)) AT(done, l) = -1;
+          }
+          SYNC;
+        }
+      }
+    }
+    if (state) FOR_LANE(l) EACH(i, STATE) if (batch * LANES + l < runs) state[AT(run, l) * STATE + i] = AT(S[i], l);
+  }
+}
+
+// ---- the update: Z = sum_i f_i A_i B_i^T, UNIT rows of a tensor at a time; here a lane is a column of Z, and what is
+// summed over are pairs
+
+#define PAIRS 128                                 // whose noise is held at once
 
 typedef struct ALIGNED {
-  i8 fa[UNIT * PAIRS];                            // f A^T + BIAS, packed like weights
-  int b[COLUMN_BLOCKS][CODE_WORDS(PAIRS)];        // B of some columns, like the codes of a quantised input
-  u32 k0[PAIRS], k1[PAIRS], ha[PAIRS], hb[COLUMN_BLOCKS][PAIRS];
-  int z[UNIT][COLUMNS];
+  i8 f[PAIRS], fA[UNIT * PAIRS];                  // fA: f A^T + BIAS, packed like weights
+  codes B[WARPS][PAIRS / 4];                      // of some columns, four pairs to a word
+  u32 k0[PAIRS], k1[PAIRS], A[PAIRS], words[WARPS][PAIRS];
+  is Z[UNIT][COLUMNS / LANES];
 } Update;
 
-// z += fa b for all rows and a block of columns
-#ifdef __CUDACC__
-PART void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
-  for (int j = 0; j < rows; j += 16) if (worker++ % WARPS == WARP) {
-    int acc[4][4] = {};
-    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, CODES(PAIRS), false);
-    UNROLL for (int i = 0; i < 16; i++)
-      s->z[j + LANE / 4 + i % 4 / 2 * 8][column + LANE % 4 * 8 + i % 2 * 4 + i / 4] += acc[i / 4][i % 4];
-  }
-}
-#else
-INLINE void accumulate(Update *s, const int *b, int column, int rows, int pairs, int worker) {
-  vi start = isplat(0);
-  if (BIAS) for (int q = 0; q < pairs / 4; q++) start = dot4(start, CODE(b, PAIRS, q), isplat(0x01010101));
-  for (int j = 0; j < rows; j += ROWS) {
-    vi acc[ROWS];
-    UNROLL for (int i = 0; i < ROWS; i++) acc[i] = start * -BIAS;
-    multiply(acc, s->fa + PACKED_AT(j, 0, PAIRS), b, pairs, PAIRS);
-    UNROLL for (int i = 0; i < ROWS; i++) *(vi *)&s->z[j + i][column] += acc[i];
-  }
-}
-#endif
-
-// Moves n weights by round(gain z) / 2^15 int8 steps, whole steps only; the rest stays in the residuals.
-INLINE void move(i8 *weights, short *residuals, const int *z, float gain, int n) {
+// Error feedback: n weights take the whole int8 steps of gain Z, in 2^-15 steps, and residuals keep the rest.
+INLINE void feed_back(i8 *weights, short *residuals, const int *Z, float gain, int n) {
   FLAT(i, n) {
-    float x = z[i] * gain;
+    float x = Z[i] * gain;
     x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // 2^21: at most 64 steps
-    int total = residuals[i] + (int)rintf(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
+    const int total = residuals[i] + (int)rintf(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
     residuals[i] = total - whole * 32768;
     weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
   }
 }
 
-// Moves all weights along Z. f: int8 fitness of each pair.
-KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u32 step, float gain,
-              int first, int last, void *scratch) {
-  FAST(Update, s, SLOT(scratch, Update));
-  TASKS(u) {
-    const Tensor t = TABLE[UNITS[u].tensor];
-    // A vector is taken as one row whose columns are its entries: B of [D, 1] is 1, and A plays the part of B.
-    const int o0 = UNITS[u].row, cols = t.cols ? t.cols : t.out, left = t.cols ? t.out - o0 : 1;
-    const int rows = left < UNIT ? left : UNIT, bword = t.cols ? t.word + WORDS_OF(t.out) : t.word;
-    for (int j = 0; j < PAD(rows, 16); j++) FLAT(i, (cols + 31) / 32 * 32) s->z[j][i] = 0;
-    for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
-      const int count = pairs - p0 < PAIRS ? pairs - p0 : PAIRS, padded = PAD((count + 3) / 4 * 4, 64);
-      FLAT(p, padded) s->k0[p] = key0(seed, step, p0 + p);
-      FLAT(p, padded) s->k1[p] = key1(seed, step, p0 + p);
-      for (int k = 0; k < R; k++) {               // column k of all pairs' factors
-        SYNC;
-        FLAT(p, padded) s->ha[p] = t.cols ? noise_word(s->k0[p], s->k1[p], k * WORDS + t.word + o0 / UNIT) : ~0u;
-        for (int j = 0; j < PAD(rows, 16); j++) FLAT(p, padded) {
-          const int fp = p < count ? f[p0 + p] : 0;
-          s->fa[PACKED_AT(j, p, PAIRS)] = (s->ha[p] >> j & 1 ? fp : -fp) + BIAS;
-        }
-        for (int i0 = 0; i0 < cols; i0 += COLUMN_BLOCKS * LANES) {
-          const int left = (cols - i0 + LANES - 1) / LANES, blocks = left < COLUMN_BLOCKS ? left : COLUMN_BLOCKS;
-          for (int i = 0; i < blocks; i++) FLAT(p, padded) {
-            const int column = i0 + i * LANES;
-            s->hb[i][p] = noise_word(s->k0[p], s->k1[p], k * WORDS + bword + column / 32) >> column % 32;
-          }
-          SYNC;
-          for (int i = 0; i < blocks; i++) EACH(q, padded / 4) {
-            const u32 *h = s->hb[i] + 4 * q;
-            FOR_LANE(l) {
-              u32 bits = (h[0] >> l & 1) | (h[1] >> l & 1) << 8 | (h[2] >> l & 1) << 16 | (h[3] >> l & 1) << 24;
-              AT(CODE(s->b[i], PAIRS, q), l) = ~(bits * 0xFE);  // bytes 0 and 1 become -1 and 1
-            }
-          }
-          SYNC;
-          for (int i = 0; i < blocks; i++)
-            accumulate(s, s->b[i], i0 + i * LANES, rows, padded, i * ((UNIT + 15) / 16));
-        }
-      }
+// Z of a unit gets column k of the factors of the pairs at hand. A vector is one row, whose columns are its entries: B
+// of [D, 1] is 1, and A plays the part of B.
+INLINE void accumulate(Update *s, Tensor t, int row, int k) {
+  const int rows = t.cols ? UNIT : 1, cols = t.cols ? t.cols : t.out;
+  const int word = k * WORDS + t.word, word_B = t.cols ? word + WORDS_OF(t.out) : word;
+  SYNC;
+  FLAT(p, PAIRS) s->A[p] = t.cols ? noise_word(s->k0[p], s->k1[p], word + row / UNIT) : ~0u;
+  SYNC;
+  EACH(j, rows) for (int p = 0; p < PAIRS; p += 32) SPREAD(i, 32)
+    s->fA[PACKED_AT(j, p, PAIRS) + i] = (s->A[p + i] >> j & 1 ? s->f[p + i] : -s->f[p + i]) + BIAS;
+  SYNC;
+  EACH(block, (cols + LANES - 1) / LANES) {
+    u32 *h = s->words[WARP];
+    vu lane;
+    FOR_LANE(l) AT(lane, l) = l;
+    const int column = block * LANES;
+    SPREAD(p, PAIRS) h[p] = noise_word(s->k0[p], s->k1[p], word_B + column / 32) >> column % 32;
+    SYNC_WARP;
+    vi sum = isplat(0);
+    for (int q = 0; q < PAIRS / 4; q++) {
+      vu bits = usplat(0);
+      UNROLL for (int i = 0; i < 4; i++) bits |= (usplat(h[4 * q + i]) >> lane & 1) << 8 * i;
+      s->B[WARP][q] = (vi)~(bits * 0xFE);         // bytes 0 and 1 become -1 and 1
+      sum = dot4(sum, s->B[WARP][q], isplat(0x01010101));
     }
-    SYNC;
-    for (int j = 0; j < rows; j++) {
-      const int at = t.at + (o0 + j) * cols;
-      move(weights + at, residuals + at, s->z[j], gain, cols);
+    SYNC_WARP;
+    for (int j = 0; j < rows; j += ROWS) {
+      vi acc[1][ROWS];
+      UNROLL for (int i = 0; i < ROWS; i++) acc[0][i] = sum * -BIAS;
+      product(acc, 1, ROWS, s->fA + PACKED_AT(j, 0, PAIRS), s->B[WARP], 0, PAIRS);
+      UNROLL for (int i = 0; i < ROWS; i++) s->Z[j + i][block] = s->Z[j + i][block] + acc[0][i];
     }
   }
 }
 
-// Fills in `Sizes`.
-KERNEL sizes(int *n) {
-  n[0] = sizeof(Task);
-  n[1] = sizeof(Update);
-  n[2] = sizeof(Fast);
-  n[3] = BATCH ? LANES : 1;
-  n[4] = PACKED;
-  n[5] = THREADS;
+// NumpyBackend.update, of units first to last; f: int8 fitness of each pair
+KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u32 step, float gain,
+              int first, int last, void *scratch) {
+  Update *s = FAST(Update, SLOT(Update));
+  MINE(u) {
+    const Tensor t = TABLE[UNITS[u].tensor];
+    const int row = UNITS[u].row, cols = t.cols ? t.cols : t.out, rows = t.cols ? least(UNIT, t.out - row) : 1;
+    SYNC;
+    for (int j = 0; j < UNIT; j++) EACH(block, COLUMNS / LANES) s->Z[j][block] = isplat(0);
+    for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
+      SYNC;
+      FLAT(p, PAIRS) s->f[p] = p0 + p < pairs ? f[p0 + p] : 0;
+      FLAT(p, PAIRS) s->k0[p] = key0(seed, step, p0 + p);
+      FLAT(p, PAIRS) s->k1[p] = key1(seed, step, p0 + p);
+      for (int k = 0; k < R; k++) accumulate(s, t, row, k);
+    }
+    SYNC;
+    for (int j = 0; j < rows; j++) {
+      const int at = t.at + (row + j) * cols;
+      feed_back(weights + at, residuals + at, (const int *)s->Z[j], gain, cols);
+    }
+  }
+}
+
+// Fills in `Needs`.
+KERNEL needs(int *n) {
+  const int values[] = {sizeof(Batch), sizeof(Fast), sizeof(Update), SWAPS, LANES, WARPS * LANES, PACKED,
+                        sizeof UNITS / sizeof UNITS[0]};
+  for (int i = 0; i < 8; i++) n[i] = values[i];
 }
 """
 
 
-class KernelSizes(NamedTuple):
+class Needs(NamedTuple):
     """What a launcher must know of a compiled kernel."""
 
-    task: int  # bytes of scratch for a task of `score`
-    update: int  # the same for `update`, which can do with as much fast memory instead
-    fast: int  # bytes of fast memory that `score` can do with
-    members: int  # of a task of `score`
-    packed: int  # bytes of packed weights
+    batch: int  # bytes of scratch for a batch of `play`
+    fast: int  # bytes of fast memory that `play` can do with
+    update: int  # bytes of scratch, or of fast memory, for a unit of `update`
+    swaps: int  # bytes of fast memory that it needs besides, on a GPU
+    lanes: int  # runs of a batch
     threads: int  # of a block, on a GPU
+    packed: int  # bytes of packed weights
+    units: int  # to pack
 
 
-def kernel_source(cfg: Config, rank: int, mode: str = "score") -> str:
-    """The kernel with a model's shape as compile-time constants, and its parameter table.
-
-    mode: "score", where a task is one member and a lane one of its tokens; "generate", where a task is a batch of
-    members and a lane one of them; "naive", like "score", but with explicit noise for every weight, for `bench`.
-    """
+def kernel_source(cfg: Config, rank: int) -> str:
+    """The kernel with a model's shape as compile-time constants, and its parameter table."""
     block = {n[9:]: p for n, p in replace(cfg, layers=2, freeze=()).params.items() if n.startswith("blocks.1.")}
-    kinds = list(block)
-    globals_ = [n for n in cfg.params if not n.startswith("blocks.") or ".ln0." in n]
-    names = globals_ + [f"blocks.{layer}.{kind}" for layer in range(cfg.layers) for kind in kinds]
+    whole = [n for n in cfg.params if not n.startswith("blocks.") or ".ln0." in n]  # the parameters of no layer
+    names = whole + [f"blocks.{layer}.{part}" for layer in range(cfg.layers) for part in block]
+    vectors = sum(not cfg.params[name].cols for name in whole)
     rows, vec, pack = [], 0, 0
-    for name in names:
-        p = cfg.params.get(name)  # layer 0 has no value residual
+    for i, name in enumerate(names):
+        p, kind = cfg.params.get(name), block.get(name.split(".", 2)[-1])  # layer 0 has no value residual
+        if kind and (i - len(whole)) % len(block) == 0:
+            vec = vectors * cfg.dim  # vectors of a layer take the place of those of the one before
         rows.append((p.out, p.cols, p.at, p.row, p.word, vec, pack) if p else (0,) * 7)
-        vec += p.out if p and not p.cols else 0
-        pack += -(-p.out // 16) * -(-p.cols // 64) * 1024 if p else 0  # see PACKED_AT
+        vec += 0 if (kind or p).cols else cfg.dim
+        pack += -(-p.out // 16) * 16 * -(-p.cols // 32) * 32 if p else 0  # whole ROWS, see PACKED_AT
     number = {name: i for i, name in enumerate(names)}
-    units = [(number[p.name], row) for p, row in update_units(cfg)[0]]
-    vectors = [i for i, row in enumerate(rows) if row[0] and not row[1]]
+    units = [(number[p.name], row) for p, row in update_units(cfg) + update_units(cfg, frozen=True)]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
-        "LORA": max(cfg.mlp), "WORDS": cfg.sizes.words, "KINDS": len(kinds),
-        "VECTORS": len(vectors), "LAYER_VECTORS": sum(not p.cols for p in block.values()),
-        "PACKED": pack, "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.mlp) // 32) * 32,
-        "BATCH": int(mode == "generate"), "NAIVE": int(mode == "naive"),
-        "THREADS": min(512, max(64, 1 << (4 * cfg.dim - 1).bit_length())),  # of a block, on a GPU
+        "MLP": max(cfg.mlp), "WORDS": cfg.sizes.words, "KINDS": len(block), "CHUNK": 32,
+        "VECTORS": vectors + sum(not p.cols for p in block.values()), "PACKED": pack,
+        "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.mlp) // 32) * 32,
     }
-    constants |= {f"LORA_{n.upper()}": size for n, size in zip(MLPS, cfg.mlp, strict=True)}
+    constants |= {f"MLP_{n.upper()}": size for n, size in zip(MLPS, cfg.mlp, strict=True)}
     constants |= {f"EXP2_{i}": f"{float(c)!r}f" for i, c in enumerate(EXP2)}
     constants |= {f"LOG2_{i}": f"{float(c)!r}f" for i, c in enumerate(LOG2)}
 
-    def enum(items: list[str]) -> str:
+    def enum(items: Sequence[str]) -> str:
         return "enum { " + ", ".join(n.upper().replace(".", "_") for n in items) + " };\n"
 
     def array(kind: str, items: Sequence[tuple[int, ...]]) -> str:
         return f"CONSTANT {kind}[] = {{ {', '.join('{' + ', '.join(map(str, i)) + '}' for i in items)} }};\n"
 
-    shape = "".join(f"#define {k} {v}\n" for k, v in constants.items()) + enum([*globals_, "globals"]) + enum(kinds)
+    shape = "".join(f"#define {k} {v}\n" for k, v in constants.items()) + enum([*whole, "globals"]) + enum(list(block))
     shape += array("struct Tensor { int out, cols, at, row, word, vec, pack; } TABLE", rows)
     shape += "typedef struct Tensor Tensor;\n" + array("struct { int tensor, row; } UNITS", units)
-    shape += array("struct { int tensor; } VECTOR", [(i,) for i in vectors])
     return MACHINE + shape + KERNEL
-
 
 
 class KernelBackend:
     """The kernel, on this CPU or on a GPU; methods as in NumpyBackend.
 
-    `build(source)` compiles a kernel source and returns a launcher: launch(name, tasks, args, out) runs a range of a
-    kernel's tasks and fills those arrays of its arguments that are in `out`; launch.sizes are its `Sizes`; launch.xp is
-    the module, numpy or cupy, of the arrays that need no copying.
+    `build(source)` compiles a kernel source and returns a launcher: launch(name, range, args, out) runs a range of a
+    kernel's batches or units and fills those arrays of its arguments that are in `out`; launch.needs are its `Needs`;
+    launch.zeros(bytes) is an array that stays where the kernel runs.
     """
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         """cfg, rank: as in NumpyBackend; name: c or cuda. Raises UserError where the kernel cannot be built."""
-        self.cfg, self.rank, self.name, self.build = cfg, rank, name, build
-        (self.units, self.starts), self.launchers = update_units(cfg), dict[str, tuple[Any, Any]]()
-        self.xp = self.launcher("score")[0].xp
+        self.cfg, self.rank, self.name, self.units = cfg, rank, name, update_units(cfg)
+        self.launch = build(kernel_source(cfg, rank))
+        self.packed = self.launch.zeros(self.launch.needs.packed)
 
-    def launcher(self, mode: str) -> tuple[Any, Any]:
-        """The launcher of a mode of `kernel_source`, compiled when first needed, and room for packed weights."""
-        if mode not in self.launchers:
-            launch = self.build(kernel_source(self.cfg, self.rank, mode))
-            self.launchers[mode] = launch, launch.xp.zeros(launch.sizes.packed, np.int8)
-        return self.launchers[mode]
-
-    def score(self, model: Model, text: np.ndarray, start: np.ndarray, tokens: int, noise: tuple[int, int, float],
-              state: np.ndarray | None = None, logits: np.ndarray | None = None, same: bool = False,
-              first: int = 0, mode: str = "score",
-              asked: tuple = (None, np.int32(0), F32(0), np.int32(-1))) -> np.ndarray:
-        """See NumpyBackend; mode: see `kernel_source`; asked: the kernel's arguments `given` to `stop`."""
-        seed, step, sigma = noise
-        launch, packed = self.launcher(mode)
-        cost, start = np.zeros(len(start), np.int32), np.ascontiguousarray(start, np.int64)
-        if not same:
-            launch("pack", range(len(self.units)), (model.q, packed), [packed])
-        launch("score", range(-(-len(start) // launch.sizes.members)), (
-            model.q, packed, model.scale, text, start, np.int32(tokens), np.int32(len(start)), np.int32(first),
-            np.uint32(seed), np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, *asked),
-            [cost, state, logits, *([text] if mode == "generate" else [])])
-        return cost
-
-    def play(self, model, text, start, T, member, noise, given=None, length=0, temperature=0.0, stop=-1, state=None, logits=None):
+    def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+             noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
+             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
         """See NumpyBackend."""
-        cost = np.zeros(len(start), np.int32)
-        edges = [0, *(np.flatnonzero(np.diff(member) != 1) + 1).tolist(), len(member)]
+        if text.dtype != np.uint16 or not text.flags.c_contiguous:
+            raise UserError(f"the text is {text.dtype}: give an array of uint16 in one piece")
+        seed, step, sigma = noise
+        cost, n = np.zeros(len(start), np.int32), len(start)
+        start, member = (np.ascontiguousarray(a, np.int64) for a in (start, member))
+        given = np.full(n, T + 1, np.int32) if given is None else np.ascontiguousarray(given, np.int32)
         heat = LOG2E / F32(temperature) if temperature else F32(0)
-        for i, j in zip(edges, edges[1:]):
-            if i == j:
-                continue
-            first, part = int(member[i]), slice(i, j)
-            if given is None:
-                st = None if state is None else np.ascontiguousarray(self.swap(state[part]))
-                lo = None if logits is None else np.ascontiguousarray(logits[part])
-                cost[part] = self.score(model, text, start[part], T, noise, st, lo, first=first)
-                if st is not None: state[part] = self.back(st)
-                if lo is not None: logits[part] = lo
-            else:
-                cost[part] = self.score(model, text, start[part], T, noise, first=first, mode="generate", asked=(np.ascontiguousarray(given[part]), np.int32(length), heat, np.int32(stop)))
+        self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
+        self.launch("play", range(-(-n // self.launch.needs.lanes)), (
+            model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
+            np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length), heat,
+            np.int32(stop)), [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
         return cost
-
-    def swap(self, state):
-        c = self.cfg
-        n, L, D, N = len(state), c.layers, c.dim, c.head_size
-        S = state[:, :, 2:].reshape(n, L, D // N, N, N).swapaxes(3, 4).reshape(n, L, D * N)
-        return np.concatenate([state[:, :, :2].reshape(n, L, 2 * D), S], 2)
-
-    def back(self, st):
-        c = self.cfg
-        n, L, D, N = len(st), c.layers, c.dim, c.head_size
-        S = st[:, :, 2 * D:].reshape(n, L, D // N, N, N).swapaxes(3, 4).reshape(n, L, N, D)
-        return np.concatenate([st[:, :, :2 * D].reshape(n, L, 2, D), S], 2)
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: range | None = None) -> None:
         """See NumpyBackend."""
-        self.launcher("score")[0]("update", range(len(self.starts) - 1) if units is None else units, (
+        f = np.ascontiguousarray(f, np.int8)
+        self.launch("update", range(len(self.units)) if units is None else units, (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
-
-
-
-def printable(text: str) -> str:
-    """A text without what could change the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-def note(text: str) -> None:
-    """Say something that is no error."""
-    print(f"note: {text}", file=sys.stderr)
-
-
-def one_line(e: BaseException) -> str:
-    """What an error says, in a line."""
-    return printable(f"{type(e).__name__}: {e}"[:200]).replace("\n", " ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiling the kernel, and launching it on a CPU or a GPU
 
 
+def note(text: str) -> None:
+    """Say something that is no error."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def cores() -> int:
-    """The number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cache_dir() -> Path:
-    """A directory for compiled code that nobody but its owner can write; a fresh one where that cannot be had."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_eggroll"
+    """The number of cores this process may use: those of its affinity, and no more than its cgroups' quota pays for."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
+        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().split("0::")[1].strip())
+    except (OSError, IndexError):  # not Linux, or the first version of cgroups
+        return count
+    for folder in group, *group.parents:
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            count = min(count, max(1, math.ceil(int(quota) / int(period))))
+        except (OSError, ValueError):  # none here, or "max"
+            continue
+    return count
+
+
+temporary: list[tempfile.TemporaryDirectory] = []  # which are removed at exit
+
+
+def fresh_folder() -> Path:
+    """An empty folder for this process alone."""
+    temporary.append(tempfile.TemporaryDirectory(prefix="nano_eggroll_", ignore_cleanup_errors=True))
+    return Path(temporary[-1].name)
+
+
+def cache_folder() -> Path:
+    """A folder for compiled code that nobody but its owner can write; a fresh one where that cannot be had."""
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano_eggroll"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = path.lstat()
         if os.name == "nt" or (stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
                                and os.access(path, os.W_OK)):
             return path
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: nobody knows this user's home
         pass
-    return Path(tempfile.mkdtemp(prefix="nano_eggroll_"))
+    return fresh_folder()
+
+
+def digest(data: bytes) -> str:
+    """A name for these bytes."""
+    return hashlib.sha256(data).hexdigest()[:24]
 
 
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 
-def compile_c(source: str, flags: str) -> Path:
-    """Compile the kernel to a shared library and return its path; raises UserError without a working compiler."""
-    found = [c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)]
+def compile_c(source: str, flags: str, folder: Path) -> Path:
+    """Compile the kernel to a shared library in a folder, unless it is there, and return its path.
+
+    Tries $CC, cc, gcc and clang, each with the flags and without. Raises UserError when none can.
+    """
+    found = [c for c in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])]
     if not found:
         raise UserError("no C compiler found: install gcc or clang (apt install gcc, xcode-select --install)")
-    command = [found[0], "-x", "c", *flags.split(), "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno"]
-    # What the compiler predefines tells its version and the CPU's features: the key of the cache with the source.
-    macros = subprocess.run([*command, "-dM", "-E", os.devnull], check=False, capture_output=True, text=True)
-    key = hashlib.sha256("\0".join([source, *command, macros.stdout]).encode()).hexdigest()[:32]
-    path = cache_dir() / f"{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+    trouble = ""
+    for compiler, extra in itertools.product(found, (flags, "")):
+        command = [*compiler, "-x", "c", *extra.split(), "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
+                   "-fno-strict-aliasing"]
+        # What the compiler predefines tells its version and the CPU's features: the key of the cache with the source.
+        macros = subprocess.run([*command, "-dM", "-E", os.devnull], check=False, capture_output=True, text=True)
+        key = digest("\0".join([source, *command, macros.stdout]).encode())
+        for path in folder.glob(f"{key}-*.so"):
+            if path.stem == f"{key}-{digest(path.read_bytes())}":  # a file that is cut off would crash us
+                return path
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
             built = Path(tmp) / "kernel.so"
             done = subprocess.run([*command, "-shared", "-o", str(built), "-"], input=source, check=False,
                                   capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"{found[0]} cannot compile the kernel: {(done.stderr.splitlines() or ['?'])[0]}")
-            os.replace(built, path)
-    return path
+            if not done.returncode:
+                return built.rename(folder / f"{key}-{digest(built.read_bytes())}.so")
+            said = (done.stderr.splitlines() or ["?"])[0]
+            trouble = trouble or f"{shlex.join(compiler)} cannot compile the kernel: {said}"
+    raise UserError(trouble)
 
 
-def c_arguments(args: tuple) -> list:
+def load_c(source: str, flags: str) -> ctypes.CDLL:
+    """The compiled kernel; raises UserError."""
+    for folder_of in cache_folder, fresh_folder:
+        folder, path = folder_of(), None
+        try:
+            path = compile_c(source, flags, folder)
+            return ctypes.CDLL(str(path))
+        except OSError as e:  # no room for it, or a folder mounted noexec, or a library of another libc
+            trouble = e
+            if path:
+                path.unlink(missing_ok=True)
+    raise UserError(f"the compiled kernel cannot be loaded ({trouble}): let TMPDIR be a folder that allows it")
+
+
+def c_arguments(args: Sequence[Any]) -> list:
     """Arrays as pointers, numpy scalars as C numbers, None as a null pointer."""
-    types = {np.int32: ctypes.c_int32, np.uint32: ctypes.c_uint32, np.float32: ctypes.c_float}
-    return [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
-            types[type(a)](a) if a is not None else None for a in args]
+    return [None if a is None else ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
+            np.ctypeslib.as_ctypes_type(a.dtype)(a.item()) for a in args]
 
 
 class CLauncher:
     """Runs kernels on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
 
-    xp = np
-
     def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
         """source: see `kernel_source`; flags: for the compiler. Raises UserError."""
-        self.lib, self.threads = ctypes.CDLL(str(compile_c(source, flags))), threads
-        sizes = np.zeros(len(KernelSizes._fields), np.int32)
-        self.lib.sizes(*c_arguments((sizes,)))
-        self.sizes = KernelSizes(*sizes.tolist())
+        self.lib, self.threads = load_c(source, flags), threads
+        needs = np.zeros(len(Needs._fields), np.int32)
+        self.lib.needs(*c_arguments((needs,)))
+        self.needs = Needs(*needs.tolist())
         self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
-    def __call__(self, name: str, tasks: range, args: tuple, out: list[np.ndarray]) -> None:
-        """Run tasks of a kernel; it writes to the arrays themselves."""
-        kernel, argv, count = getattr(self.lib, name), c_arguments(args), len(tasks)
+    def zeros(self, size: int) -> np.ndarray:
+        """An array for the kernel alone."""
+        return np.zeros(size, np.int8)
+
+    def __call__(self, name: str, which: range, args: tuple, out: list) -> None:
+        """Run batches or units of a kernel; it writes to the arrays themselves."""
+        kernel, argv, count = getattr(self.lib, name), c_arguments(args), len(which)
         pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
 
         def run(i: int) -> None:
-            scratch = np.empty(max(self.sizes.task, self.sizes.update) + 64, np.uint8)
-            kernel(*argv, tasks.start + i * count // pieces, tasks.start + (i + 1) * count // pieces,
+            scratch = np.empty(max(self.needs.batch, self.needs.update) + 64, np.uint8)
+            kernel(*argv, which.start + i * count // pieces, which.start + (i + 1) * count // pieces,
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
 
         list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
@@ -1926,73 +1697,79 @@ CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true",
 
 
 class CudaLauncher:
-    """Runs kernels on the GPU: as many blocks as it holds at once, which take the tasks in turn."""
+    """Runs kernels on the GPU: as many blocks as it holds at once, which take batches or units in turn."""
 
     def __init__(self, source: str) -> None:
         """source: see `kernel_source`. Raises UserError."""
-        import cupy  # type: ignore
+        import cupy
 
         try:
             device, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
             room = device["MaxSharedMemoryPerBlockOptin"]
             # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
             cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
-            module, sizes = cupy.cuda.function.Module(), cupy.zeros(len(KernelSizes._fields), np.int32)
+            module, needs = cupy.cuda.function.Module(), cupy.zeros(len(Needs._fields), np.int32)
             module.load(cubin)
-            module.get_function("sizes")((1,), (1,), (sizes,))
-            self.xp, self.sizes = cupy, KernelSizes(*sizes.get().tolist())
+            module.get_function("needs")((1,), (1,), (needs,))
+            self.cupy, self.needs = cupy, Needs(*needs.get().tolist())
             self.kernels: dict[str, tuple[Any, int, int]] = {}
-            scratch, s = 0, self.sizes
-            for name, slow, fast in ("score", s.task, s.fast), ("update", s.update, s.update), ("pack", 0, 0):
-                kernel, shared = module.get_function(name), fast if fast <= room else 0
+            scratch = 0
+            for name, slow, fast in (("play", self.needs.batch, self.needs.fast),
+                                     ("update", self.needs.update, self.needs.update), ("pack", 0, 0)):
+                kernel, swaps = module.get_function(name), self.needs.swaps
+                shared = swaps + (fast if swaps + fast <= room else 0)
                 driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
                 blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                    kernel.ptr, self.sizes.threads, shared)
+                    kernel.ptr, self.needs.threads, shared)
                 free = cupy.cuda.runtime.memGetInfo()[0] // 2
                 blocks = max(1, min(blocks, free // max(1, slow)))
                 self.kernels[name] = kernel, blocks, shared
                 scratch = max(scratch, blocks * slow)
             self.scratch = cupy.empty(scratch, np.uint8)
-        except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
+        except Exception as e:
             raise cuda_trouble(e) from None
         self.kept: dict[int, tuple[np.ndarray, Any]] = {}
+
+    def zeros(self, size: int) -> Any:
+        """An array on the device."""
+        return self.cupy.zeros(size, np.int8)
 
     def put(self, a: Any) -> Any:
         """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
         if not isinstance(a, np.ndarray):
             return np.uintp(0) if a is None else a
         if a.flags.writeable:
-            return self.xp.asarray(a)
+            return self.cupy.asarray(a)
         if id(a) not in self.kept:
-            self.kept[id(a)] = (a, self.xp.asarray(a))
+            self.kept[id(a)] = (a, self.cupy.asarray(a))
         return self.kept[id(a)][1]
 
-    def __call__(self, name: str, tasks: range, args: tuple, out: list) -> None:
-        """Run tasks of a kernel, then copy back what is in `out` and not on the device."""
+    def __call__(self, name: str, which: range, args: tuple, out: list) -> None:
+        """Run batches or units of a kernel, then copy back what is in `out` and not on the device."""
         kernel, blocks, shared = self.kernels[name]
         try:
             there = [self.put(a) for a in args]
-            kernel((max(1, min(blocks, len(tasks))),), (self.sizes.threads,),
-                   (*there, np.int32(tasks.start), np.int32(tasks.stop), self.scratch), shared_mem=shared)
+            kernel((max(1, min(blocks, len(which))),), (self.needs.threads,),
+                   (*there, np.int32(which.start), np.int32(which.stop), self.scratch), shared_mem=shared)
             for a, device in zip(args, there, strict=True):
                 if isinstance(a, np.ndarray) and any(a is o for o in out):
                     a[...] = device.get()
-        except Exception as e:  # noqa: BLE001
+        except Exception as e:
             raise cuda_trouble(e) from None
 
 
 def cuda_device(device: int = 0) -> None:
-    """Make a GPU the current one, another for each process `local` of a machine; raises UserError, saying why not."""
+    """Make a GPU the current one, another for each process `device` of a machine; raises UserError, saying why not."""
     try:
-        import cupy  # type: ignore
+        import cupy
 
         runtime = cupy.cuda.runtime
         driver, needs = runtime.driverGetVersion() // 1000, runtime.runtimeGetVersion() // 1000  # of CUDA 12.4: 12
         if driver >= needs:
-            cupy.cuda.Device(local % runtime.getDeviceCount()).use()
+            cupy.cuda.Device(device % runtime.getDeviceCount()).use()
     except ImportError as e:
         raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
-    except Exception as e:  # noqa: BLE001 (CuPy's errors have no base class without CuPy)
+    except Exception as e:
         raise cuda_trouble(e) from None
     if not driver:
         raise UserError("no NVIDIA driver was found: install one, or use --backend c")
@@ -2020,12 +1797,12 @@ def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None =
     return NumpyBackend(cfg, rank)
 
 
-
-default_backend = lambda cfg, rank: make_backend(None, cfg, rank)
+default_backend = partial(make_backend, None)
 
 
 # =====================================================================================================================
-# Part 3
+# Part 3: the tool
+
 
 import argparse
 import codecs
@@ -2036,6 +1813,7 @@ import importlib.util
 import inspect
 import io
 import json
+import re
 import signal
 import time
 import traceback
@@ -2232,7 +2010,7 @@ def load_model(path: str | Path) -> Model:
         with np.load(data, allow_pickle=False) as z:
             q, scale, residual, meta = (z[name] for name in ("q", "scale", "residual", "meta"))
         meta = json.loads(meta.tobytes())
-        cfg = Config(**meta["config"])
+        cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()})
         for a, dtype, size in (q, np.int8, cfg.sizes[0]), (scale, F32, cfg.sizes[1]), (residual, np.int16, len(q)):
             if a.dtype != dtype or a.shape != (size,):
                 raise ValueError("its arrays do not fit its shape")
@@ -2270,10 +2048,12 @@ class Team:
 
     def lead(self, backend: Backend) -> None:
         """Stand in for this backend."""
-        self.backend, self.play, starts = backend, backend.play, update_units(backend.cfg)[1]
-        cuts = [(len(starts) - 1) * i // self.size for i in range(self.size + 1)]
+        self.backend, self.play, units = backend, backend.play, backend.units
+        cuts = [len(units) * i // self.size for i in range(self.size + 1)]
         self.units = range(*cuts[self.index:][:2])
-        self.own, self.all = slice(*starts[[self.units.start, self.units.stop]]), slice(*starts[[0, -1]])
+        end = units[-1][0].at + units[-1][0].size
+        at = [p.at + row * p.cols for p, row in units] + [end]
+        self.own, self.all = slice(at[self.units.start], at[self.units.stop]), slice(at[0], end)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has; to be called by all, like everything but `play`."""

@@ -5,7 +5,8 @@
     python data/ablate.py base -- --steps 8000 --data book.txt      with other settings
 
 Prints a row for each: bits/byte of the validation text (median, lowest and highest of the seeds). Each change is
-written as what it takes to make it, and so a way into the file, too.
+written as what it takes to make it, and so a way into the file, too: names of the file that become something else while
+a run lasts. Changes of the noise need `--backend numpy`, since the kernel has its own.
 """
 
 import contextlib
@@ -32,12 +33,16 @@ initial, usual_rate, usual_signs, usual_factors = E.new_model, E.ES.rate, E.sign
 
 
 def bits(levels: int) -> dict[str, Any]:
-    """Activations in +-levels instead of +-127."""
+    """Activations in +-levels instead of +-127, in numpy and in the kernel."""
+    def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        top = np.maximum(np.abs(x).max(-1, keepdims=True), E.F32(1e-30))
+        return np.rint(x * (E.F32(levels) / top)), top * E.F32(1 / levels)
+
     text = E.KERNEL
     for old in "127.0f / top", "top * (1.0f / 127)":
-        assert old in text
+        assert text.count(old) == 1
         text = text.replace(old, old.replace("127", str(levels)))
-    return {"KERNEL": text}
+    return {"KERNEL": text, "quantise": quantise}
 
 
 def weights(*parts: str) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def weights(*parts: str) -> dict[str, Any]:
 
 def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any]:
     """Another update: change(model, Z of unit variance, learning rate)."""
-    def move(model: E.Model, backend: E.Backend, es: E.ES, f: np.ndarray, team: E.Team = E.ALONE) -> None:
+    def move(model: E.Model, backend: E.Backend, es: E.ES, f: np.ndarray) -> None:
         zero = replace(model, q=np.zeros_like(model.q), residual=np.zeros_like(model.residual))
         backend.update(zero, f, es.seed, model.step, 2**15 / math.sqrt(es.rank * (f.astype(float) ** 2).sum()))
         change(model, zero.q + zero.residual / 2**15, es.rate(model.step))
@@ -149,7 +154,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "population 256, four times the steps": (["--population", "256", *times(4)], {}),
     "population 4096, a quarter of the steps": (["--population", "4096", *times(1 / 4)], {}),
     "time mix frozen": (["--freeze", "att"], {}),
-    "LoRAs frozen": (["--freeze", "att.w?,att.a?,att.g?"], {}),
+    "small MLPs frozen": (["--freeze", "att.w?,att.a?,att.g?"], {}),
     "vectors frozen": (["--freeze", "ln*,att.x_*,ffn.x_*,att.k_*,att.r_k,att.w0,att.a0"], {}),
     "two layers": (["--layers", "2"], {}),
     "6 M tokens": (SHORT, {}),
@@ -174,10 +179,14 @@ def run(args: list[str], parts: dict[str, Any], seed: int) -> float:
 def main(argv: list[str]) -> None:
     """Run the changes that are asked for."""
     words, more = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
-    for name, (args, parts) in CHANGES.items():
-        if not words or any(word in name for word in words):
-            found = [run(args + more, parts, seed) for seed in SEEDS]
-            print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} to {max(found):.3f} |", flush=True)
+    chosen = [name for name in CHANGES if not words or any(word in name for word in words)]
+    if not chosen:
+        print(f"ablate.py: no change has such a word in its name: {'; '.join(CHANGES)}", file=sys.stderr)
+        sys.exit(2)
+    for name in chosen:
+        args, parts = CHANGES[name]
+        found = [run(args + more, parts, seed) for seed in SEEDS]
+        print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} to {max(found):.3f} |", flush=True)
 
 
 if __name__ == "__main__":
