@@ -127,7 +127,7 @@ class Config:
         for name, (out, cols) in shapes.items():
             frozen = name in self.freeze
             table[name] = Param(name, out, cols, at, row, -1 if frozen else word)
-            at += -(-out * max(cols, 1) // 16) * 16
+            at += out * max(cols, 1)
             row += out
             word += 0 if frozen else words_of(out) + words_of(cols)
         return table
@@ -135,9 +135,9 @@ class Config:
     @cached_property
     def sizes(self) -> Sizes:
         """How much of everything there is."""
-        last = list(self.params.values())[-1]
+        *_, last = self.params.values()
         used = sum(words_of(p.out) + words_of(p.cols) for p in self.params.values() if p.word >= 0)
-        return Sizes(last.at + -(-last.size // 16) * 16 + 16, last.row + last.out, used)
+        return Sizes(last.at + last.size, last.row + last.out, used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -796,7 +796,6 @@ typedef long long i64;
   #endif
 #else
   #include <math.h>
-  #include <stdbool.h>
   #ifdef __SSE2__
     #include <immintrin.h>
   #elif defined __ARM_NEON
@@ -983,7 +982,7 @@ typedef struct {                                  // what all functions need
   int noisy, layer, turn;                         // is there noise; whose vectors are in vec; half of part in use
 } Call;
 
-#define NOISY(t) (m->noisy && (t).word >= 0)       // is this parameter perturbed?
+#define NOISY(t) (m->noisy && (t).word >= 0)      // is this parameter perturbed?
 #define NOISE(k, word) s->words[(k) * WORDS + (word)]  // of column k of an A or B, a word of each lane
 #define VEC(t) (s->vec + (t).vec)                 // a vector parameter of each member
 
@@ -1370,7 +1369,7 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
 
 typedef struct ALIGNED {
   i8 f[PAIRS], fA[UNIT * PAIRS];                  // fA: f A^T + BIAS, packed like weights
-  codes B[WARPS][PAIRS / 4];                      // of some columns, four pairs to a word
+  codes B[WARPS][PAIRS / 4];                      // of some columns, four pairs to a word, in the order of fA
   u32 k0[PAIRS], k1[PAIRS], A[PAIRS], words[WARPS][PAIRS];
   is Z[UNIT][COLUMNS / LANES];
 } Update;
