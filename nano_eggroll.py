@@ -1012,17 +1012,18 @@ FUNCTION void quantise(Call *m, int e, const fs *x, Tensor t) {
   ONCE for (int k = 0; k < R; k++) f->xB[e][k] = isplat(0);
   const vf top = TOP_ALL(d, t.cols, 1e-30f, vabs(x[d]));
   const vf inv = 127.0f / top;
+  const int noisy = NOISY(t);
   vi sum = isplat(0), plus[R];                    // plus: sum of the codes where the entry of B is +1
   UNROLL for (int k = 0; k < R; k++) plus[k] = isplat(0);
   for (int i = 0; i < WORDS_OF(t.cols); i++) UNROLL EACH(j, 8) {
     vi code = isplat(0);
     UNROLL for (int b = 0; b < 4; b++) {
       const int d = 32 * i + 8 * b + j;
-      if (d < t.cols) code |= (AS_I(x[d] * inv + MAGIC) & 255) << 8 * b;
+      if (d < t.cols) code |= AS_I(x[d] * inv + MAGIC) << 8 * b & (int)(255u << 8 * b);
     }
     f->q[e][8 * i + j] = code;
     sum = dot4(sum, code, isplat(0x01010101));
-    if (NOISY(t)) UNROLL for (int k = 0; k < R; k++)
+    if (noisy) UNROLL for (int k = 0; k < R; k++)
       plus[k] = dot4(plus[k], code, (vi)(NOISE(k, t.word + WORDS_OF(t.out) + i) >> j & 0x01010101));
   }
   ADD(f->sum[e], sum);
@@ -1097,10 +1098,9 @@ INLINE void tiles(Call *m, const int tokens, const int rows, fs *y, Tensor t) {
         UNROLL for (int j = 0; j < rows; j++) z[e][j] = z[e][j] + times(cxB, A, j);
       }
     }
-    UNROLL for (int j = 0; j < rows; j++) if (o + j < t.out) {
-      const float scale = m->scale[t.row + o + j];
-      UNROLL for (int e = 0; e < tokens; e++) y[e * t.out + o + j] = z[e][j] * scale * x_scale[e];
-    }
+    const float *scale = m->scale + t.row + o;
+    UNROLL for (int j = 0; j < rows; j++) if (o + j < t.out)
+      UNROLL for (int e = 0; e < tokens; e++) y[e * t.out + o + j] = z[e][j] * scale[j] * x_scale[e];
   }
   SYNC;
 }
