@@ -655,8 +655,11 @@ def es_step(model: Model, backend: Backend, es: ES,
     """One step of EGGROLL (algorithm 1 of the paper): changes the model.
 
     Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
-    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each.
+    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each, or
+    the backend is of another rank.
     """
+    if backend.rank != es.rank:
+        raise UserError(f"the backend is of rank {backend.rank}, the settings of rank {es.rank}: make them alike")
     found = np.asarray(fitness(Members(model, backend, (es.seed, model.step, es.sigma), np.arange(es.population))))
     if found.shape != (es.population,):
         raise UserError(f"the fitness has the shape {list(found.shape)}: return one number for each of the "
@@ -2047,7 +2050,7 @@ class Team:
 
     def lead(self, backend: Backend) -> None:
         """Stand in for this backend."""
-        self.backend, self.play, units = backend, backend.play, backend.units
+        self.backend, self.play, self.rank, units = backend, backend.play, backend.rank, backend.units
         cuts = [len(units) * i // self.size for i in range(self.size + 1)]
         self.units = range(*cuts[self.index:][:2])
         end = units[-1][0].at + units[-1][0].size

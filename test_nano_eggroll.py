@@ -541,6 +541,8 @@ def test_fitness_must_be_a_number_for_each_member_and_what_is_not_finite_is_left
     for bad in (3.0, scores[:7], scores[:, None]):
         with pytest.raises(E.UserError, match="one number for each of the 8 members"):
             E.es_step(one, b, es, lambda members, bad=bad: bad)
+    with pytest.raises(E.UserError, match="of rank 1, the settings of rank 2"):
+        E.es_step(one, b, replace(es, rank=2), lambda members: scores)
 
 
 @given(st.integers(40, 10**6), st.integers(1, 39), SEEDS, st.integers(0, 1000))
