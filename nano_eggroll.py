@@ -1821,7 +1821,7 @@ import time
 import traceback
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2164,7 +2164,7 @@ def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, seed
     given = vocab.encode(prompt.encode(errors="surrogateescape"))
     given = given if len(given) else np.array([vocab.end], np.uint16)
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
-    state, run = np.zeros((1, model.cfg.layers, 2 + model.cfg.head_size, model.cfg.dim), F32), np.zeros(1, np.int64)
+    state, run = zero_state(model.cfg, 1), np.zeros(1, np.int64)
     for piece in range(-(-length // 32)):
         some = min(32, length - 32 * piece)
         text = np.append(given, np.zeros(some, np.uint16))

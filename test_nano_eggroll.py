@@ -5,7 +5,6 @@
     pytest -k cuda      what concerns CUDA; with a GPU, on it, too
 """
 
-import codecs
 import contextlib
 import csv
 import ctypes
@@ -16,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -28,7 +26,7 @@ import tempfile
 import textwrap
 import time
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
