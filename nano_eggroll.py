@@ -133,11 +133,16 @@ class Config:
         return table
 
     @cached_property
+    def trained(self) -> list[Param]:
+        """The parameters that are not frozen, which are the units of an update."""
+        return [p for p in self.params.values() if p.word >= 0]
+
+    @cached_property
     def sizes(self) -> Sizes:
         """How much of everything there is."""
         *_, last = self.params.values()
-        used = sum(words_of(p.out) + words_of(p.cols) for p in self.params.values() if p.word >= 0)
-        return Sizes(last.at + last.size, last.row + last.out, used)
+        words = sum(words_of(p.out) + words_of(p.cols) for p in self.trained)
+        return Sizes(last.at + last.size, last.row + last.out, words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,15 +470,6 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 # ---------------------------------------------------------------------------------------------------------------------
 # The population and the update, in numpy. Part 2 has the same two methods as a kernel.
 
-UNIT = 32  # an update is shared out by this many rows of a matrix, those of one noise word, or by whole vectors
-
-
-def update_units(cfg: Config, frozen: bool = False) -> list[tuple[Param, int]]:
-    """The units of an update: each parameter that is trained (or is frozen), and a first row of it."""
-    return [(p, row) for p in cfg.params.values() if (p.word < 0) == frozen
-            for row in range(0, p.out if p.cols else 1, UNIT)]
-
-
 def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
     """Error feedback: weights model.q[at] take the whole int8 steps of a move, residuals keep the rest.
 
@@ -492,7 +488,7 @@ class NumpyBackend:
 
     def __init__(self, cfg: Config, rank: int) -> None:
         """cfg: of the models to run; rank: of their perturbations."""
-        self.cfg, self.rank, self.units = cfg, rank, update_units(cfg)
+        self.cfg, self.rank = cfg, rank
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
              noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
@@ -528,21 +524,19 @@ class NumpyBackend:
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: range | None = None) -> None:
+               units: slice | None = None) -> None:
         """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps).
 
-        f: -127 to 127; units: numbers of those `update_units` that are moved, by default all.
+        f: -127 to 127; units: which of `cfg.trained` are moved, by default all.
         """
-        for p, row in self.units if units is None else self.units[units.start:units.stop]:
-            rows, cols = (min(UNIT, p.out - row), p.cols) if p.cols else (p.out, 1)
-            Z = np.zeros((rows, cols), np.int32)
+        for p in self.cfg.trained[units or slice(None)]:
+            Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
             for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
                 part = f[i:i + 256]
                 A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
-                fA = (part[:, None, None] * A[..., row:row + rows].astype(F32)).reshape(-1, rows)
-                Z += (fA.T @ B.astype(F32).reshape(len(fA), cols)).astype(np.int32)
-            at = p.at + row * cols
-            feed_back(model, slice(at, at + Z.size), Z.astype(F32).ravel() * F32(gain))
+                fA = (part[:, None, None] * A.astype(F32)).reshape(-1, p.out)
+                Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
+            feed_back(model, slice(p.at, p.at + p.size), Z.astype(F32).ravel() * F32(gain))
 
 
 Backend = Any  # NumpyBackend, or one of part 2 with the same methods
@@ -552,9 +546,14 @@ default_backend: Callable[[Config, int], Backend] = NumpyBackend  # part 2 puts 
 # ---------------------------------------------------------------------------------------------------------------------
 # The evolution strategy
 
+LIMITS = {  # least and most; 127 pairs x rank must fit int32 in an update, and T losses of 63 bits in a cost
+    "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
+    "lr": (0, 127), "seed": (0, 2**32 - 1)}
+
+
 @dataclass(frozen=True)
 class ES:
-    """The settings of a run."""
+    """The settings of a run; raises UserError where they are beyond LIMITS."""
 
     population: int = 1024  # P, an even number of members
     rank: int = 1  # R, of the perturbations, 1 to 8
@@ -565,11 +564,13 @@ class ES:
     seed: int = 0  # of weights, noise, sampling and order of the data
 
     def __post_init__(self) -> None:
-        """Check; raises UserError."""
+        """Check."""
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name, least)
+            if not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range: choose {least} to {most}")
         if self.population % 2:
             raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
-        if min(self.population, self.rank, self.tokens, self.steps) < 1 or not 0 <= self.seed < 2**32:
-            raise UserError(f"{self} cannot be run: choose 1 or more of each, and a seed of 32 bits")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: lr, falling linearly to 0.
@@ -1469,6 +1470,14 @@ class Needs(NamedTuple):
     units: int  # to pack
 
 
+UNIT = 32  # a block of threads takes this many rows of a matrix at a time, those of a noise word, or a whole vector
+
+
+def units_of(p: Param) -> range:
+    """The first rows of a parameter's units."""
+    return range(0, p.out if p.cols else 1, UNIT)
+
+
 def kernel_source(cfg: Config, rank: int) -> str:
     """The kernel with a model's shape as compile-time constants, and its parameter table."""
     block = {n[9:]: p for n, p in replace(cfg, layers=2, freeze=()).params.items() if n.startswith("blocks.1.")}
@@ -1483,8 +1492,8 @@ def kernel_source(cfg: Config, rank: int) -> str:
         rows.append((p.out, p.cols, p.at, p.row, p.word, vec, pack) if p else (0,) * 7)
         vec += 0 if (kind or p).cols else cfg.dim
         pack += -(-p.out // 16) * 16 * -(-p.cols // 32) * 32 if p else 0  # whole ROWS, see PACKED_AT
-    number = {name: i for i, name in enumerate(names)}
-    units = [(number[p.name], row) for p, row in update_units(cfg) + update_units(cfg, frozen=True)]
+    trained_first = sorted(cfg.params.values(), key=lambda p: p.word < 0)
+    units = [(names.index(p.name), row) for p in trained_first for row in units_of(p)]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
         "MLP": max(cfg.mlp), "WORDS": cfg.sizes.words, "KINDS": len(block), "CHUNK": 32,
@@ -1517,8 +1526,9 @@ class KernelBackend:
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
         """cfg, rank: as in NumpyBackend; name: c or cuda. Raises UserError where the kernel cannot be built."""
-        self.cfg, self.rank, self.name, self.units = cfg, rank, name, update_units(cfg)
+        self.cfg, self.rank, self.name = cfg, rank, name
         self.launch = build(kernel_source(cfg, rank))
+        self.units = np.cumsum([0, *(len(units_of(p)) for p in cfg.trained)])  # before each trained parameter
         self.packed = self.launch.zeros(self.launch.needs.packed)
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
@@ -1540,10 +1550,10 @@ class KernelBackend:
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: range | None = None) -> None:
+               units: slice | None = None) -> None:
         """See NumpyBackend."""
-        f = np.ascontiguousarray(f, np.int8)
-        self.launch("update", range(len(self.units)) if units is None else units, (
+        f, (first, last, _) = np.ascontiguousarray(f, np.int8), (units or slice(None)).indices(len(self.units) - 1)
+        self.launch("update", range(self.units[first], self.units[last]), (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
 
@@ -1807,21 +1817,18 @@ default_backend = partial(make_backend, None)
 
 
 import argparse
-import codecs
-import contextlib
 import fnmatch
 import gzip
-import importlib.util
 import inspect
 import io
 import json
 import re
+import runpy
 import signal
 import time
 import traceback
-import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1832,7 +1839,7 @@ from dataclasses import asdict
 class Settings(ES):
     """The command line: a remark here or in ES is an option's help, with what is done without it in brackets."""
 
-    data: str = ""  # text to learn; its last 10% is for validation (data/tales.txt)
+    data: str = ""  # text to learn; its last tenth is for validation (data/tales.txt)
     valid: str = ""  # text for validation instead of that
     vocab: str = "256"  # how many tokens to learn from --data, or bytes
     out: str = ""  # folder for the model and its log (out, or out-2, ... where that is taken)
@@ -1843,34 +1850,24 @@ class Settings(ES):
     dim: int = 32  # D, width
     layers: int = 1  # L
     head_size: int = 16  # N, a divisor of --dim
-    freeze: str | None = None  # parts of parameters' names to leave alone, like emb,att.w* (emb,head of World models)
+    freeze: str = ""  # parts of parameters' names to leave alone, like emb,att.w* (emb,head of World models)
     minutes: float = 0.0  # choose --steps so that training takes about this long
     task: str = ""  # FILE.jsonl of problems {"prompt": ..., "answer": ...} to answer, instead of a text to predict
     reward: str = ""  # FILE.py:function, of (prompt, completion, answer) (1 if completion and answer are equal)
     group_size: int = 2  # members who get the same problem, an even number
     length: int = 0  # tokens of an answer (256) or a sample (400), at most
-    temperature: float | None = None  # of answers (0: always the likeliest token) or a sample (0.7)
-    stop: str = ""  # text of the token that ends an answer (a newline; of World models end of text)
-    sample: str | None = None  # continue this text with the model of --load
+    temperature: float = 0.0  # of answers (always the likeliest token) or a sample (0.7)
+    stop: str = ""  # text that ends an answer (a newline; of World models their end of text)
+    sample: str = ""  # continue this text with the model of --load
     eval: bool = False  # validate the model of --load: bits/byte, or with --task accuracy
 
 
-LIMITS = {  # least and most; 127 pairs x rank must fit int32 in an update, and T losses of 63 bits in a cost
-    "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
-    "lr": (1e-6, 127), "seed": (0, 2**32 - 1), "threads": (1, 4096), "dim": (1, 16384), "layers": (1, 256),
-    "head_size": (1, 16384), "minutes": (1e-3, 1e6), "group_size": (2, 2**21), "length": (1, LONGEST),
-    "temperature": (0, 100)}
-NEEDS = {"eval": {"load"}, "sample": {"load"}, "reward": {"task"}, "group_size": {"task"}, "length": {"task", "sample"},
-         "temperature": {"task", "sample"}, "stop": {"task", "sample"}}
-CLASHES = {"task": {"data", "valid", "vocab"}, "load": {"dim", "layers", "head_size", "vocab"}}
+LIMITS |= {"threads": (0, 4096), "dim": (1, 16384), "layers": (1, 256), "head_size": (1, 16384), "minutes": (0, 1e6),
+           "group_size": (2, 2**21), "length": (0, LONGEST), "temperature": (0, 100)}
+NEEDS = {"eval": ["load"], "sample": ["load"], "reward": ["task"], "group_size": ["task"], "length": ["task", "sample"],
+         "temperature": ["task", "sample"], "stop": ["task", "sample"]}
+CLASHES = {"task": ["data", "valid", "vocab"], "load": ["dim", "layers", "head_size", "vocab"]}
 FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may differ on --resume, with the same files
-GONE = {  # of the first edition
-    "--bench": "use data/bench.py", "--replay": "use data/replay.py", "--plot": "use data/plot.py",
-    "--top-p": "use --temperature", "--task sums$": "give a FILE.jsonl of problems",
-    "--load .*[.](pth|safetensors)$": "data/convert.py makes a model.npz of it",
-    "--vocab (?!bytes$|[0-9]+$)": "give a number or bytes; with a FILE of tokens data/convert.py makes a model.npz",
-    "--reward (exact|number|near|contains|countdown)$": "give FILE.py:function, like data/countdown.py:reward or "
-                                                        "data/gsm8k.py:reward; without, answers must be equal"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1885,22 +1882,14 @@ UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-
 
 def printable(text: str) -> str:
     """A text without what could change a terminal."""
-    return UNSAFE.sub("\ufffd", text)
-
-
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a file; raises UserError."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}): give the path of a file that can be read") from None
+    return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def read_text(data: str | Path, valid: str | Path = "") -> tuple[bytes, bytes]:
-    """Training text and validation text, which is `valid` or the last 10% of `data`; raises UserError."""
-    text = read_file(data)
+    """Training text and validation text, which is `valid` or the last 10% of `data`."""
+    text = Path(data).read_bytes()
     cut = len(text) if valid else len(text) * 9 // 10
-    return text[:cut], read_file(valid) if valid else text[cut:]
+    return text[:cut], Path(valid).read_bytes() if valid else text[cut:]
 
 
 class Vocab:
@@ -1916,9 +1905,9 @@ class Vocab:
         self.newline = self.number.get(b"\n", 0)
         self.world = not merges and max(map(len, tokens)) > 1
         self.end = 0 if self.world else self.newline  # of an answer
-        self.lengths: dict[bytes, dict[int, None]] = {}  # of tokens that start with these two bytes, longest first
-        for token in sorted(self.number, key=len, reverse=True):
-            self.lengths.setdefault(token[:2], {})[len(token)] = None
+        self.longest: dict[bytes, int] = {}  # token that starts with these two bytes
+        for token in self.number:
+            self.longest[token[:2]] = max(len(token), self.longest.get(token[:2], 0))
 
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens of a text, uint16 [n]: all merges in their order, or always the longest token that fits."""
@@ -1930,10 +1919,10 @@ class Vocab:
             return np.frombuffer(units.encode("utf-16-le"), np.uint16)
         found, at = [], 0
         while at < len(text):
-            lengths = self.lengths.get(text[at:at + 2], ())
-            token = text[at:at + next((n for n in lengths if text[at:at + n] in self.number), 1)]
-            found.append(self.number.get(token, self.newline))
-            at += len(token)
+            sizes = range(self.longest.get(text[at:at + 2], 1), 0, -1)
+            size = next((n for n in sizes if text[at:at + n] in self.number), 1)
+            found.append(self.number.get(text[at:at + size], self.newline))
+            at += size
         return np.array(found, np.uint16)
 
     def decode(self, tokens: Iterable[int]) -> bytes:
@@ -1984,13 +1973,13 @@ def yardsticks(text: bytes, val_text: bytes) -> dict[str, float]:
 # Checkpoints
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[typing.BinaryIO]:
-    """A file that takes the place of `path` when it is whole and on the disk, or not at all; raises OSError."""
-    new = path.with_name(path.name + ".tmp")
+def save_model(model: Model, path: Path) -> None:
+    """Write model.npz, whole and on the disk or not at all; raises OSError."""
+    meta, new = {"config": asdict(model.cfg), "step": model.step, "extra": model.extra}, path.with_suffix(".tmp")
     try:
         with open(new, "wb") as file:
-            yield file
+            np.savez(file, q=model.q, scale=model.scale, residual=model.residual,
+                     meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -1998,16 +1987,9 @@ def replacing(path: Path) -> Iterator[typing.BinaryIO]:
         new.unlink(missing_ok=True)  # it may fill a full disk
 
 
-def save_model(model: Model, path: Path) -> None:
-    """Write model.npz whole or not at all; raises OSError."""
-    meta = json.dumps({"config": asdict(model.cfg), "step": model.step, "extra": model.extra}).encode()
-    with replacing(path) as file:
-        np.savez(file, q=model.q, scale=model.scale, residual=model.residual, meta=np.frombuffer(meta, np.uint8))
-
-
 def load_model(path: str | Path) -> Model:
     """Read model.npz; raises UserError unless it is whole, which the checksums of the zip format tell."""
-    data = io.BytesIO(read_file(path))
+    data = io.BytesIO(Path(path).read_bytes())
     try:
         with np.load(data, allow_pickle=False) as z:
             q, scale, residual, meta = (z[name] for name in ("q", "scale", "residual", "meta"))
@@ -2018,8 +2000,8 @@ def load_model(path: str | Path) -> Model:
                 raise ValueError("its arrays do not fit its shape")
         return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
     except Exception as e:  # a damaged file can raise almost anything
-        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): use another copy, or data/replay.py for the "
-                        "weights of a run") from None
+        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): data/convert.py makes one of a checkpoint, and "
+                        "data/replay.py of a run's scores") from None
 
 
 def vocab_of(model: Model) -> Vocab:
@@ -2038,7 +2020,7 @@ class Team:
     """The processes of an MPI job that train one model, or this one alone. It stands in for the backend.
 
     In a step each scores an equal share of the members, and all scores go around (4 bytes a member). Each makes a share
-    of the update, and the moves go around (a byte a weight). Residuals stay where they are made until `complete`.
+    of the update, and the moves are added up (a byte a weight). Residuals stay where they are made until `complete`.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -2048,14 +2030,11 @@ class Team:
         self.device = [node for node, _ in near[:self.index]].count(platform.node())  # its number on its machine
         self.sharing = near.count(near[self.index])  # how many have the same cores
 
-    def lead(self, backend: Backend) -> None:
-        """Stand in for this backend."""
-        self.backend, self.play, self.rank, units = backend, backend.play, backend.rank, backend.units
-        cuts = [len(units) * i // self.size for i in range(self.size + 1)]
-        self.units = range(*cuts[self.index:][:2])
-        end = units[-1][0].at + units[-1][0].size
-        at = [p.at + row * p.cols for p, row in units] + [end]
-        self.own, self.all = slice(at[self.units.start], at[self.units.stop]), slice(at[0], end)
+    def lead(self, backend: Backend, model: Model) -> None:
+        """Stand in for this backend, to train this model."""
+        self.backend, self.play, self.rank, n = backend, backend.play, backend.rank, len(model.cfg.trained)
+        self.units = slice(n * self.index // self.size, n * (self.index + 1) // self.size)
+        self.residual = model.residual.copy()  # of all
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has; to be called by all, like everything but `play`."""
@@ -2074,16 +2053,20 @@ class Team:
             return np.concatenate(self.gather(np.asarray(fitness(members._replace(numbers=own)))))
         return found
 
+    def merge(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """Integers that each process changed elsewhere, with the changes of all."""
+        change = after - before
+        return before + (self.comm.allreduce(change) if self.comm else change)
+
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
         """As of any backend."""
         before = model.q.copy()
         self.backend.update(model, f, seed, step, gain, self.units)
-        moves = self.gather(model.q[self.own] - before[self.own])  # so somebody's wrong weights remain to be seen
-        model.q[self.all] = before[self.all] + np.concatenate(moves)
+        model.q[:] = self.merge(before, model.q)
 
     def complete(self, model: Model) -> None:
         """Give all residuals to all."""
-        model.residual[self.all] = np.concatenate(self.gather(model.residual[self.own]))
+        model.residual[:] = self.residual = self.merge(self.residual, model.residual)
 
 
 def mpi() -> Any:
@@ -2106,20 +2089,7 @@ def mpi() -> Any:
 # Tasks
 
 
-Problem = tuple[str, Any]  # a prompt, and what a reward needs to know of the answer
 STILL = (0, 0, 0.0)  # the noise of members that all are the model itself
-
-
-class Task(NamedTuple):
-    """What a run trains for."""
-
-    fitness: Callable[[Members], np.ndarray]
-    validate: Callable[[Model, Team], float]
-    sample: Callable[[Model, Team], None]  # prints something that the model writes
-    shown: Callable[[float], float]  # a mean fitness as the figure that is shown
-    unit: str  # of both figures
-    columns: tuple[str, str]  # their names in log.csv
-    tokens: int  # that a member reads and writes in a step; of problems the mean, with answers of full length
 
 
 def evaluate(model: Model, backend: Backend, tokens: np.ndarray, T: int, index: int = 0, size: int = 1) -> float:
@@ -2127,55 +2097,66 @@ def evaluate(model: Model, backend: Backend, tokens: np.ndarray, T: int, index: 
 
     index, size: of these segments only every size-th is counted, so that those with index 0 to size - 1 add up to all.
     """
-    whole, rest = np.arange(index * T, len(tokens) - T, size * T), (len(tokens) - 1) % T
-    runs = [(whole, T)] if len(whole) else []
-    if rest and index == 0:
-        runs.append((np.array([len(tokens) - 1 - rest]), rest))
-    return sum(backend.play(model, tokens, start, length, np.arange(len(start)), STILL).sum(dtype=np.int64)
-               for start, length in runs) / BITS
+    starts, bits = np.arange(index * T, len(tokens) - 1, size * T), 0
+    whole = starts + T < len(tokens)
+    for start, length in (starts[whole], T), (starts[~whole], (len(tokens) - 1) % T):  # the last one may be shorter
+        if len(start):
+            bits += backend.play(model, tokens, start, length, np.arange(len(start)), STILL).sum(dtype=np.int64)
+    return bits / BITS
 
 
-def text_task(s: Settings, vocab: Vocab) -> Task:
-    """To predict a text, of which the yardsticks are printed; raises UserError where it is too short."""
-    text, val_text = read_text(s.data or DATA, s.valid)
-    train, val = vocab.encode(text), vocab.encode(val_text)
-    if min(len(val), len(train)) <= s.tokens:
-        raise UserError(f"{s.data or DATA} has too few bytes for --tokens {s.tokens} in its last 10%: use a longer one")
-    if new := len(val_text.translate(None, b"".join(vocab.tokens))):
-        note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
-    size = len(val_text) - len(vocab.tokens[val[0]])
-    if not s.eval:
-        known = {} if s.data or s.valid else {"true entropy": float(DATA.with_suffix(".entropy").read_text())}
-        marks = yardsticks(text, val_text) | known
-        print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
-
-    def validate(model: Model, team: Team) -> float:
-        return sum(team.gather(evaluate(model, team, val, s.tokens, team.index, team.size))) / size
-
-    return Task(predict(train, s.tokens), validate, lambda model, team: write_sample(model, team, vocab, "", s.seed),
-                lambda mean: -mean / (BITS * s.tokens) * len(train) / len(text), "bits/byte",
-                ("train_bits", "val_bits"), s.tokens)
+def complete(members: Members, vocab: Vocab, prompts: Sequence[Sequence[int]], length: int, temperature: float,
+             stop: str, end: int) -> list[str]:
+    """What each member writes after its prompt, up to the text `stop` or, where that is empty, the token `end`."""
+    token = vocab.number.get(stop.encode(errors="surrogateescape"), -1) if stop else end  # -1: the text is no token
+    found = members.answer(prompts, length, token, temperature)
+    texts = [vocab.decode(tokens).decode(errors="replace") for tokens in found]
+    return [text.partition(stop)[0] for text in texts] if stop else texts
 
 
-def write_sample(model: Model, backend: Backend, vocab: Vocab, prompt: str, seed: int = 0, length: int = 400,
-                 temperature: float = 0.7, stop: int = -1) -> None:
-    """Print a prompt and what the model writes after it, in pieces of 32 tokens."""
-    print("--- sample\n" + printable(prompt), end="", flush=True)
-    given = vocab.encode(prompt.encode(errors="surrogateescape"))
-    given = given if len(given) else np.array([vocab.end], np.uint16)
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
-    state, run = zero_state(model.cfg, 1), np.zeros(1, np.int64)
-    for piece in range(-(-length // 32)):
-        some = min(32, length - 32 * piece)
-        text = np.append(given, np.zeros(some, np.uint16))
-        backend.play(model, text, run, len(text) - 1, run, (seed, piece, 0.0), np.array([len(given)], np.int32), some,
-                     temperature, stop, state)
-        written, given = text[len(given):].tolist(), text[-1:]  # which the state has not read
-        end = written.index(stop) if stop in written else some
-        print(printable(decoder.decode(vocab.decode(written[:end]))), end="", flush=True)
-        if end < some:
-            break
-    print("\n---")
+def write_sample(model: Model, backend: Backend, vocab: Vocab, seed: int = 0, prompt: str = "", length: int = 400,
+                 temperature: float = 0.7, stop: str = "") -> None:
+    """Print a prompt and what the model writes after it."""
+    one = Members(model, backend, (seed, 0, 0.0), np.zeros(1, np.int64))
+    given = vocab.encode(prompt.encode(errors="surrogateescape")).tolist() or [vocab.end]
+    [text] = complete(one, vocab, [given], length, temperature, stop, vocab.end if vocab.world else -1)
+    print(f"--- sample\n{printable(prompt + text)}\n---")
+
+
+class TextTask:
+    """To predict a text. A task has a fitness, and tokens: what a member reads or writes in a step."""
+
+    unit, columns = "bits/byte", ("train_bits", "val_bits")  # of what is shown, and in log.csv
+
+    def __init__(self, s: Settings, vocab: Vocab) -> None:
+        """Print the yardsticks of the text; raises UserError where it is too short."""
+        text, val_text = read_text(s.data or DATA, s.valid)
+        train, val = vocab.encode(text), vocab.encode(val_text)
+        if min(len(train), len(val)) <= s.tokens:
+            raise UserError(f"{s.data or DATA} has {len(train)} tokens to train on and {len(val)} for validation, too "
+                            f"few for --tokens {s.tokens}: use a longer text, or fewer of them")
+        if new := len(val_text.translate(None, b"".join(vocab.tokens))):
+            note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
+        if not s.eval:
+            known = {} if s.data or s.valid else {"true entropy": float(DATA.with_suffix(".entropy").read_text())}
+            marks = yardsticks(text, val_text) | known
+            print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
+        self.vocab, self.tokens, self.seed, self.val = vocab, s.tokens, s.seed, val
+        self.fitness = predict(train, s.tokens)
+        self.worth = -len(train) / (BITS * s.tokens * len(text))  # of a unit of fitness, in what is shown
+        self.bytes = len(val_text) - len(vocab.tokens[val[0]])
+
+    def validate(self, model: Model, team: Team) -> float:
+        """Bits/byte of the validation text."""
+        bits = evaluate(model, team, self.val, self.tokens, team.index, team.size)
+        return sum(team.gather(bits)) / self.bytes
+
+    def sample(self, model: Model, team: Team) -> None:
+        """Print something that the model writes."""
+        write_sample(model, team, self.vocab, self.seed)
+
+
+Problem = tuple[str, Any]  # a prompt, and what a reward needs to know of the answer
 
 
 def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
@@ -2183,7 +2164,7 @@ def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
 
     A prompt that is held out is not trained on, if it comes twice. Raises UserError.
     """
-    problems, line, data = [], "", read_file(path)
+    problems, line, data = [], "", Path(path).read_bytes()
     try:
         for line in filter(str.strip, data.decode("utf-8-sig").split("\n")):
             p = json.loads(line)
@@ -2202,147 +2183,126 @@ def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
 def load_reward(name: str) -> Callable[[str, str, Any], float]:
     """A function of the user's, FILE.py:function; raises UserError."""
     path, _, function = name.rpartition(":")
+    sys.path.insert(0, str(Path(path).parent))  # for what the file itself imports
     try:
-        spec = importlib.util.spec_from_file_location("reward", path)
-        sys.modules["reward"] = module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(Path(path).parent))  # for what the file itself imports
-        spec.loader.exec_module(module)
-        return getattr(module, function)
+        return runpy.run_path(path, run_name="reward")[function]
     except (Exception, SystemExit) as e:  # the file may raise anything
         raise UserError(f"--reward {name} cannot be had ({e!r:.200}): give FILE.py:function for "
                         "reward(prompt, completion, answer)") from None
 
 
-def answer_task(s: Settings, vocab: Vocab) -> Task:
-    """To answer problems; validation answers up to 1,000 that are held out. Raises UserError."""
-    if s.group_size % 2 or s.population % s.group_size:
-        raise UserError(f"--group-size {s.group_size} does not fit --population {s.population}: choose an even divisor")
-    train, held = read_problems(s.task)
-    held, length, stop = held[:1000], s.length or 256, stop_token(s, vocab, vocab.end)
-    reward = load_reward(s.reward) if s.reward else lambda prompt, text, answer: text.strip() == str(answer).strip()
-    encoded = {p: vocab.encode(p.encode(errors="replace")).tolist() or [vocab.end] for p, _ in train + held}
-    longest = max(encoded, key=lambda prompt: len(encoded[prompt]))
-    if len(encoded[longest]) + length > LONGEST:
-        raise UserError(f"the prompt {longest[:40]!r} has over {LONGEST} tokens with an answer of {length}: leave it "
-                        "out, or give less --length")
+class AnswerTask:
+    """To answer problems, of which up to 1,000 are held out for validation."""
 
-    def answers(members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
-        if not problems:
-            return []
-        found = members.answer([encoded[prompt] for prompt, _ in problems], length, stop, temperature)
-        return [vocab.decode(tokens.tolist()).decode(errors="replace") for tokens in found]
+    unit, columns, worth = "accuracy", ("train_reward", "val_accuracy"), 1.0
 
-    def rewards(problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
+    def __init__(self, s: Settings, vocab: Vocab) -> None:
+        """Read the problems and the reward; raises UserError."""
+        if s.group_size % 2 or s.population % s.group_size:
+            raise UserError(f"--group-size {s.group_size} does not fit --population {s.population}: choose an even "
+                            "divisor of it")
+        self.s, self.vocab, self.length, (self.train, held) = s, vocab, s.length or 256, read_problems(s.task)
+        self.held, prompts = held[:1000], [prompt for prompt, _ in self.train + held]
+        self.encoded = {p: vocab.encode(p.encode(errors="replace")).tolist() or [vocab.end] for p in prompts}
+        if max(map(len, self.encoded.values())) + self.length > LONGEST:
+            raise UserError(f"a prompt and --length {self.length} come to over {LONGEST} tokens: give less")
+        self.tokens = sum(len(self.encoded[prompt]) for prompt, _ in self.train) // len(self.train) + self.length
+        self.reward = load_reward(s.reward) if s.reward else lambda _, text, answer: text.strip() == str(answer).strip()
+        self.rewards(held[:1], [""])  # one that cannot work fails before there is a run
+
+    def rewards(self, problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
+        """Of answers, float32 [n]; raises UserError."""
         try:
-            found = [float(reward(prompt, text, answer)) for (prompt, answer), text in zip(problems, texts)]
+            found = [float(self.reward(prompt, text, answer)) for (prompt, answer), text in zip(problems, texts)]
         except (Exception, SystemExit) as e:  # it may be the user's
             raise UserError(f"the reward failed ({e!r:.200}): correct the function, or the problems") from None
-        with np.errstate(over="ignore"):
-            return np.array(found).astype(F32)
+        return np.array(found, F32)
 
-    def fitness(members: Members) -> np.ndarray:
-        chosen = data_words(*members.noise[:2], members.numbers // s.group_size) % len(train)
-        problems = [train[i] for i in chosen.tolist()]
-        return rewards(problems, answers(members, problems, s.temperature or 0.0))
+    def answers(self, members: Members, problems: Sequence[Problem], temperature: float = 0.0) -> list[str]:
+        """Of each member to its problem."""
+        prompts = [self.encoded[prompt] for prompt, _ in problems]
+        return complete(members, self.vocab, prompts, self.length, temperature, self.s.stop, self.vocab.end)
 
-    def held_out(model: Model, team: Team, problems: Sequence[Problem]) -> list[str]:
-        return answers(Members(model, team, STILL, np.arange(len(problems))), problems, 0.0)
+    def fitness(self, members: Members) -> np.ndarray:
+        """The rewards of members, of whom each group gets a problem."""
+        chosen = data_words(*members.noise[:2], members.numbers // self.s.group_size) % len(self.train)
+        problems = [self.train[i] for i in chosen.tolist()]
+        return self.rewards(problems, self.answers(members, problems, self.s.temperature))
 
-    def validate(model: Model, team: Team) -> float:
-        own = held[team.index::team.size]
-        right = int((rewards(own, held_out(model, team, own)) >= 1).sum())
-        return sum(team.gather(right)) / len(held)
+    def validate(self, model: Model, team: Team) -> float:
+        """The share of held-out problems that are answered rightly."""
+        own = self.held[team.index::team.size]
+        texts = self.answers(Members(model, team, STILL, np.arange(len(own))), own) if own else []
+        return sum(team.gather(int((self.rewards(own, texts) >= 1).sum()))) / len(self.held)
 
-    def sample(model: Model, team: Team) -> None:
-        for (prompt, answer), text in zip(held, held_out(model, team, held[:5])):
+    def sample(self, model: Model, team: Team) -> None:
+        """Print some answers."""
+        some = self.held[:5]
+        for (prompt, answer), text in zip(some, self.answers(Members(model, team, STILL, np.arange(len(some))), some)):
             print(printable(f"{prompt}{text}   (answer: {answer})"))
-
-    rewards(held[:1], [""])  # one that cannot work fails before there is a run
-    return Task(fitness, validate, sample, float, "accuracy", ("train_reward", "val_accuracy"),
-                sum(len(encoded[prompt]) for prompt, _ in train) // len(train) + length)
-
-
-def stop_token(s: Settings, vocab: Vocab, default: int) -> int:
-    """The token of --stop; raises UserError."""
-    tokens = vocab.encode(s.stop.encode(errors="surrogateescape")).tolist() if s.stop else [default]
-    if len(tokens) != 1:
-        raise UserError(f"--stop {s.stop!r} is {len(tokens)} tokens: give the text of a single one")
-    return tokens[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(model: Model, team: Team, s: Settings, task: Task, out: Path) -> float:
+def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, out: Path) -> float:
     """Train from model.step to s.steps; returns the figure of the last validation.
 
     Writes to `out`: scores.bin, the int8 fitness [P/2] of each step; model.npz, before the first step, at validations
     and every 30 seconds; log.csv, rows that model.npz has, too. Raises UserError where it cannot, or was stopped.
     """
-    log = model.extra.setdefault("log", [])
-    sums = model.extra.setdefault("sums", [0, 0.0, 0.0])  # since the last row: steps, fitness, share of equal pairs
+    log, before, first = model.extra.setdefault("log", []), model.extra.setdefault("seconds", 0.0), model.step
     every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
-    began = saved = shown = time.monotonic()
-    before, first, val = model.extra.setdefault("seconds", 0.0), model.step, math.nan
-    scores, stop = list[bytes](), list[int]()
+    scores, fitness, stop = list[bytes](), team.share(task.fitness), list[int]()
     live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
+    began = time.monotonic()
 
-    def checkpoint() -> None:
-        nonlocal saved
+    def save() -> float:
         team.complete(model)
         if not team.index:
             with open(out / "scores.bin", "ab") as file:
                 end = (model.step - len(scores)) * s.population // 2  # of the last checkpoint's; what came later is cut
-                if file.tell() < end:
-                    raise UserError(f"{file.name} is shorter than at the last checkpoint: put it back, or start a new "
-                                    f"run with --load {out / 'model.npz'}")
                 file.truncate(end)
                 file.write(b"".join(scores))
                 file.flush()
                 os.fsync(file.fileno())
             model.extra["seconds"] = before + time.monotonic() - began
             save_model(model, out / "model.npz")
-            with replacing(out / "log.csv") as file:
-                file.writelines(f"{','.join(map(str, cells))}\n".encode()
-                                for cells in [*log[:1], *(row.values() for row in log)])
+            rows = [*log[:1], *(row.values() for row in log)]
+            (out / "log.csv").write_text("".join(f"{','.join(map(str, cells))}\n" for cells in rows))
         scores.clear()
         team.gather(None)  # nobody goes on, or ends the job, before it is written
-        saved = time.monotonic()
-
-    def report(found: np.ndarray, f: np.ndarray) -> bool:
-        nonlocal shown, val
-        scores.append(f.tobytes())
-        finite, unequal = np.isfinite(found), found[::2] != found[1::2]
-        sums[0] += 1
-        sums[1] += task.shown(float(found[finite].mean(dtype=float))) if finite.any() else math.nan
-        sums[2] += float(1 - (unequal & finite[::2] & finite[1::2]).mean())
-        now, due = time.monotonic(), model.step % every == 0 or model.step == s.steps
-        mean, speed = sums[1] / sums[0], (model.step - first) * per_step / (now - began)
-        stopped, late = (any(flags) for flags in zip(*team.gather((bool(stop), now - saved > 30))))
-        if due:
-            val = task.validate(model, team)
-            team.agree(f"weights in step {model.step}", model.sha256())
-            log.append({"step": model.step, "seconds": f"{before + now - began:.2f}", "tokens": model.step * per_step,
-                        task.columns[0]: f"{mean:.4f}", task.columns[1]: f"{val:.4f}", "tokens_per_s": f"{speed:.0f}",
-                        "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
-                        "equal_pairs": f"{sums[2] / sums[0]:.5f}"})
-            sums[:] = [0, 0.0, 0.0]
-        if due or late or stopped:
-            checkpoint()
-        if due or stopped or (live and now - shown > 0.2):
-            shown, left = now, int((s.steps - model.step) * per_step / speed)
-            line = (f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
-                    f"{speed / 1e3:,.{0 if speed > 1e4 else 2}f}k tokens/s  {left // 60}:{left % 60:02d} left")
-            print(f"\r{line}\033[K" if live else line, end="\n" if due or stopped else "", flush=True)
-        return stopped
+        return time.monotonic()
 
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        checkpoint()  # so that it can go on, whatever happens
-        val = task.validate(model, team)
+        saved = save()  # so that it can go on, whatever happens
+        val, stopped = task.validate(model, team), False
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
-        evolve(model, team.share(task.fitness), s, team, report)
+        while model.step < s.steps and not stopped:
+            found, f = es_step(model, team, s, fitness)
+            scores.append(f.tobytes())
+            now, due, finite = time.monotonic(), model.step % every == 0 or model.step == s.steps, np.isfinite(found)
+            stopped, late = (any(flags) for flags in zip(*team.gather((bool(stop), now - saved > 30))))
+            mean = float(found[finite].mean(dtype=float)) * task.worth if finite.any() else math.nan
+            speed = (model.step - first) * per_step / (now - began)
+            if due:
+                val = task.validate(model, team)
+                team.agree(f"weights in step {model.step}", model.sha256())
+                unequal = (found[::2] != found[1::2]) & finite[::2] & finite[1::2]
+                log.append({"step": model.step, "seconds": f"{before + now - began:.2f}",
+                            "tokens": model.step * per_step, task.columns[0]: f"{mean:.4f}",
+                            task.columns[1]: f"{val:.4f}", "tokens_per_s": f"{speed:.0f}",
+                            "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
+                            "equal_pairs": f"{1 - unequal.mean():.5f}"})
+            if due or late or stopped:
+                saved = save()
+            if due or stopped or live:
+                left = int((s.steps - model.step) * per_step / speed)
+                print(f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+                      f"{speed / 1e3:,.0f}k tokens/s  {left // 60}:{left % 60:02d} left" + "\033[K" * live,
+                      end="\n" if due or stopped else "\r", flush=True)
     except OSError as e:
         where = "the terminal" if isinstance(e, BrokenPipeError) else out
         raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
@@ -2355,7 +2315,7 @@ def train(model: Model, team: Team, s: Settings, task: Task, out: Path) -> float
     return val
 
 
-def steps_for(minutes: float, model: Model, team: Team, s: Settings, task: Task) -> int:
+def steps_for(minutes: float, model: Model, team: Team, s: Settings, task: TextTask | AnswerTask) -> int:
     """How many steps take this long here, from a few steps of a copy."""
     trial, ends = replace(model, q=model.q.copy(), residual=model.residual.copy()), list[float]()
 
@@ -2381,26 +2341,17 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the options")
 
-    for words in map(" ".join, zip(argv, [*argv[1:], ""])):
-        for gone, instead in GONE.items():
-            if re.match(gone, words.replace("=", " ")):
-                raise UserError(f"{words.strip()} is no more: {instead}")
-    parser, kinds = argparse.ArgumentParser(argument_default=argparse.SUPPRESS), typing.get_type_hints(Settings)
-    parser.description, parser.error = __doc__.partition("\n")[0], refuse
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS)
+    parser.error = refuse
     source = inspect.getsource(Settings) + inspect.getsource(ES)
-    for name, remark in re.findall(r"^    (\w+): .*?(?:  # (.*))?$", source, re.MULTILINE):
-        kind, default = (typing.get_args(kinds[name]) or [kinds[name]])[0], getattr(Settings, name)
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
-        parser.add_argument(option(name), help=(remark + f" ({default})" * bool(default)).replace("%", "%%"), **how)
+    for name, remark in re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE):
+        default = getattr(Settings, name)
+        how = {"action": "store_true"} if default is False else {"type": type(default)}
+        parser.add_argument(option(name), help=remark + f" ({default})" * bool(default), **how)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        least, most = LIMITS.get(name, (value, value))
-        if not least <= value <= most:
-            raise UserError(f"{option(name)} {value} is out of range: choose {least} to {most}")
-        if "resume" in given:
-            continue  # the run has all its settings, and `resume` refuses others
+    for name in given if "resume" not in given else ():  # `resume` itself refuses others than the run has
         if not given.keys() & NEEDS.get(name, given.keys()):
-            needed = " or ".join(map(option, sorted(NEEDS[name])))
+            needed = " or ".join(map(option, NEEDS[name]))
             raise UserError(f"{option(name)} goes with {needed}: add that, or leave it out")
         if clash := given.keys() & CLASHES.get(name, ()):
             raise UserError(f"{option(name)} does not go with {option(min(clash))}: leave one of them out")
@@ -2417,19 +2368,19 @@ def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
         same = {"tokens"} | (set() if given.keys() & {"task", "data", "valid"} else {"data", "valid"})
         s = replace(s, **{name: was[name] for name in same - given.keys() if name in was})
     else:
-        size = 256 if s.vocab == "bytes" else int(s.vocab)
-        if not 1 <= size <= 4096:  # the time that merges take grows with V^2
-            raise UserError(f"--vocab {size} is out of range: choose 1 to 4096")
+        if s.vocab != "bytes" and not (s.vocab.isdecimal() and 1 <= int(s.vocab) <= 4096):  # the time grows with V^2
+            raise UserError(f"--vocab {s.vocab} cannot be learned: choose 1 to 4096, or bytes")
         learning = s.vocab != "bytes" and not s.task
-        vocab = learn_vocab(*read_text(s.data or DATA, s.valid), size) if learning else Vocab()
+        vocab = learn_vocab(*read_text(s.data or DATA, s.valid), int(s.vocab)) if learning else Vocab()
         model = new_model(Config(s.dim, s.layers, s.head_size, len(vocab.tokens)), s.seed)
-    names, freeze = set[str](), "emb,head" if s.freeze is None and vocab.world else s.freeze or ""
-    for part in filter(None, map(str.strip, freeze.split(","))):
+    s = replace(s, freeze="emb,head" if vocab.world and "freeze" not in given else s.freeze)
+    frozen = set[str]()
+    for part in filter(None, map(str.strip, s.freeze.split(","))):
         found = [name for name in model.cfg.params if fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")]
         if not found:
             raise UserError(f"--freeze {part} names no parameter: give parts of names, like emb, att.w* or ln1")
-        names.update(found)
-    model.cfg, model.step = replace(model.cfg, freeze=tuple(sorted(names))), 0
+        frozen.update(found)
+    model.cfg, model.step = replace(model.cfg, freeze=tuple(sorted(frozen))), 0
     model.extra = {"settings": asdict(s), "tokens": [t.decode("latin-1") for t in vocab.tokens], "merges": vocab.merges}
     return s, model, vocab
 
@@ -2440,9 +2391,9 @@ def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
         raise UserError("--resume needs the folder of the run: add --out")
     path = Path(given["out"]) / "model.npz"
     model = load_model(path)
-    if "settings" not in model.extra:
+    was = model.extra.get("settings")
+    if not was:
         raise UserError(f"{path} is not from a training run: start one with --load {path}")
-    was = model.extra["settings"]
     for name, value in given.items():
         if name not in FREE and value != was[name]:
             raise UserError(f"{option(name)} {value} is not the {was[name] or 'default'} of the run in {given['out']}: "
@@ -2456,44 +2407,38 @@ def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
 
 
 def hashes(s: Settings) -> dict[str, str]:
-    """SHA-256 of the files that a run reads; raises UserError."""
+    """SHA-256 of the files that a run reads."""
     paths = {"task": s.task} if s.task else {"data": s.data or DATA, "valid": s.valid}
-    return {name: hashlib.sha256(read_file(path)).hexdigest() for name, path in paths.items() if path}
+    return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in paths.items() if path}
 
 
 def prepare_out(out: str) -> Path:
-    """A writable folder with no run in it; raises UserError."""
+    """A writable folder with no run in it; raises UserError and OSError."""
     for path in [Path(out)] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
         files = [path / name for name in ("model.npz", "log.csv", "scores.bin")]
         if not any(file.exists() and file.stat().st_size for file in files):
-            break
-    else:
-        raise UserError(f"{path} already holds a run, which would be lost: give another --out, or --resume to go on")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        files[-1].touch()
-    except OSError as e:
-        raise UserError(f"cannot write to {path} ({e.strerror}): give a folder of your own with --out") from None
-    return path
+            path.mkdir(parents=True, exist_ok=True)
+            files[-1].touch()
+            return path
+    raise UserError(f"{path} already holds a run, which would be lost: give another --out, or --resume to go on")
 
 
 def run(given: dict[str, Any], team: Team) -> None:
-    """Do what the command line says; raises UserError."""
+    """Do what the command line says; raises UserError and OSError."""
     s, model, vocab = (resume if "resume" in given else begin)(given)
-    measuring, threads = s.eval or s.sample is not None, s.threads or max(1, cores() // team.sharing)
-    if not measuring and "resume" not in given:
-        model.extra["files"] = hashes(s)
-    team.agree("options, files or weights", (asdict(replace(s, backend="", threads=0)), model.extra.get("files"),
+    measuring, threads = given.keys() & {"eval", "sample"}, s.threads or max(1, cores() // team.sharing)
+    if "resume" not in given:
+        model.extra["files"] = {} if measuring else hashes(s)
+    team.agree("options, files or weights", (asdict(replace(s, backend="", threads=0)), model.extra["files"],
                                              model.step, model.sha256(), model.scale.tobytes()))
     if not measuring:
-        print(f"RWKV-7 of {sum(p.size for p in model.cfg.params.values()):,} int8 weights, {model.cfg.vocab} tokens, "
-              f"population {s.population}, {s.task or s.data or DATA}")
+        print(f"RWKV-7 of {len(model.q):,} int8 weights, {model.cfg.vocab} tokens, population {s.population}, "
+              f"{s.task or s.data or DATA}")
     if s.eval or not measuring:
-        task = answer_task(s, vocab) if s.task else text_task(s, vocab)
-    team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device))
-    if s.sample is not None and not team.index:
-        write_sample(model, team, vocab, s.sample, s.seed, s.length or 400,
-                     0.7 if s.temperature is None else s.temperature, stop_token(s, vocab, 0 if vocab.world else -1))
+        task = (AnswerTask if s.task else TextTask)(s, vocab)
+    team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device), model)
+    if "sample" in given and not team.index:
+        write_sample(model, team, vocab, s.seed, s.sample, s.length or 400, given.get("temperature", 0.7), s.stop)
     if s.eval:
         print(f"{task.unit} {task.validate(model, team):.4f}")
     if measuring:

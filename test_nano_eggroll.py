@@ -470,14 +470,13 @@ def test_choice_draws_from_the_softmax_and_a_pair_draws_alike():
 def test_update_equals_the_sum_of_outer_products_and_can_be_made_in_parts(backend, cfg, seed, rank, pairs, gain, data):
     b, m = backend_of(backend, cfg, rank), random_model(cfg)
     before, f = copy_of(m), np.random.default_rng(seed).integers(-127, 128, pairs).astype(np.int8)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(b.units)), max_size=3)))
-    for units in itertools.starmap(range, itertools.pairwise([0, *cuts, len(b.units)])):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(cfg.trained)), max_size=3)))
+    for units in itertools.starmap(slice, itertools.pairwise([0, *cuts, None])):
         outside = [a.copy() for a in (m.q, m.residual)]
         b.update(m, f, seed, 9, gain, units)
         for a, c in zip(outside, (m.q, m.residual), strict=True):
-            for p, row in b.units[units.start:units.stop]:
-                own = slice(p.at + row * p.cols, p.at + (row + E.UNIT) * p.cols if p.cols else p.at + p.out)
-                a[own.start:min(own.stop, p.at + p.size)] = c[own.start:min(own.stop, p.at + p.size)]
+            for p in cfg.trained[units]:
+                a[p.at:p.at + p.size] = c[p.at:p.at + p.size]
             np.testing.assert_array_equal(a, c)
     for p in cfg.params.values():
         A, B = E.factors(cfg, p, E.pair_keys(seed, 9, np.arange(pairs)), rank)
@@ -581,8 +580,8 @@ def assert_equals_numpy(backend, seed, T, runs, sigma):
             for a, b in zip(*found, strict=True):
                 np.testing.assert_array_equal(a, b)
     f = rng.integers(-127, 128, 300).astype(np.int8)
-    other, cut = copy_of(m), 1 + seed % len(backend.units)
-    for units in range(cut), range(cut, len(backend.units)):
+    other, cut = copy_of(m), 1 + seed % len(cfg.trained)
+    for units in slice(cut), slice(cut, None):
         for b, moved in (backend, m), (numpy, other):
             b.update(moved, f, seed, 4, 77.7, units)
         np.testing.assert_array_equal(m.q, other.q)
@@ -1575,7 +1574,6 @@ def test_world_tokens_are_the_longest_that_fit_and_give_the_bytes_back(more, dat
     text = b"".join(data.draw(st.lists(st.one_of(st.binary(max_size=9), st.sampled_from(more)))))
     found = vocab.encode(text)
     assert vocab.decode(found) == text
-    assert vocab.decode([0, len(tokens) - 1]) == b""
     at = 0
     for i in found.tolist():  # by trying all tokens
         assert tokens[i] == max((token for token in every if text.startswith(token, at)), key=len)
@@ -1584,31 +1582,10 @@ def test_world_tokens_are_the_longest_that_fit_and_give_the_bytes_back(more, dat
 
 
 def test_a_sample_shows_whole_characters_and_nothing_that_changes_a_terminal():
-    for text in "tab\tnewline\nna\u00efve 日本\u3000\u00a0\u200d\U0001f469\u200d\U0001f680 \u0905\u200c", "":
-        assert E.printable(text) == text
+    text = "tab\tnewline\nna\u00efve 日本\u3000\u00a0\u200d\U0001f469\u200d\U0001f680 \u0905\u200c"
+    assert E.printable(text) == E.printable(text.replace("\n", "\r\n")) == text
     for bad in "\x1b\x07\0\x7f\x9b\r\x0b\u202e\u2067\ud800":
         assert E.printable(f"a{bad}b") == "a\ufffdb"
-
-
-def test_samples_come_in_pieces_that_are_one_text(capsys):
-    """Greedily, to the bytes of a single call; and characters and line ends that pieces cut are put together."""
-    text = "wörld 日本 zwölf\r\n" * 9
-    tokens = np.frombuffer(b"?" + text.encode(), np.uint8).astype(np.uint16)
-    model, vocab = E.new_model(E.Config(dim=2, head_size=1), 0), E.Vocab(E.BYTES)
-
-    class Backend:
-        def play(self, model, piece, start, T, member, noise, given, length, temperature, stop, state):
-            """Writes the text; the state is how far it has read."""
-            at = int(state[0, 0, 0, 0])
-            assert (piece[:given[0]] == tokens[at:at + given[0]]).all()
-            assert len(piece) == T + 1 == given[0] + length
-            piece[given[0]:] = tokens[at + given[0]:at + T + 1]
-            state[0, 0, 0, 0] += T
-
-    E.write_sample(model, Backend(), vocab, "?", length=len(tokens) - 1)
-    assert capsys.readouterr().out == "--- sample\n?" + text.replace("\r", "") + "\n---\n"
-    E.write_sample(model, Backend(), vocab, "?", length=len(tokens) - 1, stop=ord("z"))
-    assert capsys.readouterr().out == "--- sample\n?" + text.split("z")[0] + "\n---\n"
 
 
 def test_yardsticks_know_what_is_known():
@@ -1680,19 +1657,16 @@ def stopped(runs, tmp_path):
     return SimpleNamespace(out=out, whole=tmp_path / "whole", resume=["--resume", "--out", str(out)])
 
 
-def test_what_came_after_the_checkpoint_is_cut_off_and_what_is_missing_is_said(stopped, capsys):
+def test_what_came_after_the_checkpoint_is_cut_off(stopped, capsys):
     scores = stopped.out / "scores.bin"
     assert scores.stat().st_size == 10 * 16
     for name in "scores.bin", "log.csv":
         with open(stopped.out / name, "ab") as f:
             f.write(b"torn")
-    (stopped.out / "model.npz.tmp").write_bytes(b"torn")
+    (stopped.out / "model.tmp").write_bytes(b"torn")
     main(capsys, *stopped.resume)
     assert_same_run(stopped.out, stopped.whole)
     assert sorted(os.listdir(stopped.out)) == ["log.csv", "model.npz", "scores.bin"]
-    scores.write_bytes(scores.read_bytes()[:-1])
-    _, err = main(capsys, *stopped.resume, code=2)
-    assert "scores.bin is shorter" in err
 
 
 SETTINGS = {"--population": "64", "--rank": "2", "--tokens": "17", "--steps": "21", "--sigma": "2", "--lr": "1",
@@ -1761,7 +1735,7 @@ def test_a_read_only_folder_is_said_and_loses_nothing(stopped, prose, capsys):
             more = ["--data", text, "--vocab", "bytes", "--backend", "numpy"]
             done = main_after("os.getuid() or os.setuid(65534)", [*args, *more])
             assert done.returncode == 2
-            assert "cannot write to" in done.stderr
+            assert "(Permission denied)" in done.stderr
             assert done.stderr.count("\n") == 1
         assert contents(out) == before
         out.chmod(0o755)
@@ -1876,9 +1850,10 @@ BAD = {  # arguments, and what the one line names
     "--valid empty.txt": "too few",
     **{value: value for value in (
         "--population 0", "--rank 9", "--rank 0", "--dim 0", "--dim -4", "--steps 0", "--tokens 5000", "--sigma nan",
-        "--lr -1.0", "--seed -1", "--minutes -1.0", "--threads 0", "--vocab 0", "--vocab 4097", "--frobnicate")},
-    "--population 63": "63", "--head-size 5": "5", "--dim wide": "wide", "--backend tpu": "tpu",
-    "--out short.txt": "short.txt", "--out /proc/nowhere/x": "/proc/nowhere/x", "--out taken": "--resume",
+        "--lr -1.0", "--seed -1", "--minutes -1.0", "--threads -1", "--vocab 0", "--vocab 4097", "--vocab a.txt",
+        "--bench")},
+    "--population 63": "63", "--load model.pth": "data/convert.py", "--head-size 5": "5", "--dim wide": "wide", "--backend tpu": "tpu",
+    "--out short.txt": "short.txt", "--out /proc/nowhere": "/proc/nowhere", "--out taken": "--resume",
     "--out logged": "--resume", "--load nowhere.npz": "nowhere.npz", "--load short.txt": "short.txt",
     "--load short.txt --dim 16": "--dim", "--sample x": "--load", "--eval": "--load", "--resume": "--out",
     "--resume --out fresh": "fresh", "--resume --out taken": "data/replay.py", "--freeze nothing": "nothing",
@@ -1887,21 +1862,18 @@ BAD = {  # arguments, and what the one line names
     "--task two.jsonl --reward best": "best", "--task two.jsonl --reward nowhere.py:best": "nowhere.py:best",
     "--task two.jsonl --reward mine.py:best": "mine.py:best", "--task two.jsonl --reward mine.py:fails": "out of luck",
     "--task two.jsonl --group-size 3": "--group-size 3", "--task two.jsonl --group-size 2048": "--group-size 2048",
-    "--task two.jsonl --stop ab": "'ab'", "--reward mine.py:fails": "--task", "--task two.jsonl --data x": "--data",
-    "--task two.jsonl --temperature -1.0": "-1", "--task two.jsonl --length 8192": "less --length",
+    "--reward mine.py:fails": "--task", "--task two.jsonl --data x": "--data",
+    "--task two.jsonl --temperature -1.0": "-1", "--task two.jsonl --length 8192": "--length 8192",
     "--task two.jsonl --length -1": "-1",
-    # gone
-    "--bench": "data/bench.py", "--replay out": "data/replay.py", "--plot": "data/plot.py", "--task sums": "FILE.jsonl",
-    "--load x --sample x --top-p=0.5": "--temperature", "--load model.pth": "data/convert.py",
-    "--vocab vocab.txt": "data/convert.py", "--task two.jsonl --reward countdown": "data/countdown.py:reward",
 }
 
 
 @pytest.mark.parametrize("args", BAD)
 def test_bad_input_gets_one_line_and_exit_code_2(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(E, "train", None)
     problem = '{"prompt": "%s", "answer": "b"}\n'
-    for path, text in {"empty.txt": "", "short.txt": "x" * 300, "one.jsonl": problem,
+    for path, text in {"empty.txt": "", "short.txt": "x" * 300, "model.pth": "x", "one.jsonl": problem,
                        "two.jsonl": problem + problem % 1, "numbers.jsonl": '{"prompt": 1, "answer": 2}',
                        "unanswered.jsonl": problem + '{"prompt": "a"}',
                        "taken/model.npz": "precious", "logged/log.csv": "precious",
@@ -2062,7 +2034,7 @@ def test_a_group_gets_one_problem_of_those_to_train_on(group, seed):
         spy = lambda *problem: asked.append(problem) or math.nan  # noqa: E731
         with mock.patch.object(E, "load_reward", lambda name: spy):
             s = E.Settings(task=str(path), reward="spy", group_size=group, population=16, length=2)
-            task = E.answer_task(s, E.Vocab(E.BYTES))
+            task = E.AnswerTask(s, E.Vocab())
     m = E.new_model(E.Config(dim=2, head_size=1), 0)
     for step in range(3):
         del asked[:]
@@ -2185,10 +2157,10 @@ ODD = {  # what the last of three processes does differently, and what is said
 def test_a_process_that_differs_or_fails_ends_the_job_with_its_name(name, prose, tmp_path, capsys):
     """What it computes is changed after a step, in a copy of the file; another number of processes can go on."""
     more, fault, said = ODD[name]
-    at, read = "        scores.append(f.tobytes())\n", "hashlib.sha256(read_file(path))"
+    at, read = "            scores.append(f.tobytes())\n", "hashlib.sha256(Path(path).read_bytes())"
     source = Path(MAIN).read_text()
     assert source.count(at) == source.count(read) == 1
-    source = source.replace(at, f"{at}        {fault or 'pass'}\n")
+    source = source.replace(at, f"{at}            {fault or 'pass'}\n")
     if "text" in name:  # of the same name, on another machine
         source = source.replace(read, f"{read[:-1]} + b'x' * (mpi().rank == 2))")
     (tmp_path / "odd.py").write_text(source)

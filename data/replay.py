@@ -30,7 +30,7 @@ def replay(given: dict) -> None:
         if "minutes" in given and "steps" not in given:
             raise E.UserError("give --steps, which the run printed, instead of --minutes") from None
     s, model, _ = E.begin(given)
-    data, size = E.read_file(out / "scores.bin"), s.population // 2
+    data, size = (out / "scores.bin").read_bytes(), s.population // 2
     scores = np.frombuffer(data[:len(data) // size * size], np.int8).reshape(-1, size)
     if not (saved.step if saved else 0) <= len(scores) <= s.steps:
         raise E.UserError(f"{out / 'scores.bin'} has {len(scores)} steps of population {s.population}, unlike the run: "
