@@ -171,7 +171,7 @@ def run(args: list[str], parts: dict[str, Any], seed: int) -> float:
             owner, _, name = f"E.{name}".rpartition(".")
             stack.enter_context(mock.patch.object(functools.reduce(getattr, owner.split(".")[1:], E), name, part))
         stack.enter_context(contextlib.redirect_stdout(shown))
-        if E.main(["--seed", str(seed), "--steps", str(STEPS), *args, "--out", out]):
+        if E.main(["--seed", str(seed), "--steps", str(STEPS), "--vocab", "256", *args, "--out", out]):
             raise SystemExit(2)
     return float(shown.getvalue().split("\nbits/byte ")[1].split()[0])
 

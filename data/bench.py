@@ -9,11 +9,9 @@ All ways take turns until the time is up, so that what else the machine does hit
 """
 
 import argparse
-import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,16 +48,13 @@ def first_step(s: E.Settings) -> None:
 
 
 def measure_first_step(given: dict) -> None:
-    """Print how long it takes without and with compiled code in the cache, and its memory; raises UserError."""
+    """Print how long it takes to compile and do it, and the memory of that; raises UserError."""
     command = [sys.executable, "-c", f"import bench as b; b.first_step(b.E.Settings(**{given!r}))"]
-    with tempfile.TemporaryDirectory() as cache:
-        for state in "cold", "warm":
-            began = time.perf_counter()
-            done = subprocess.run(command, cwd=Path(__file__).parent, env=os.environ | {"XDG_CACHE_HOME": cache},
-                                  capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise E.UserError(f"the first step failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
-            print(f"start to the end of the first step, {state} cache: {time.perf_counter() - began:.2f} s")
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise E.UserError(f"the first step failed: {(done.stderr.splitlines() or ['killed'])[-1]}")
+    print(f"start to the end of the first step: {time.perf_counter() - began:.2f} s")
     print(f"peak memory of that process: {done.stdout}")
 
 
