@@ -91,11 +91,13 @@ POOL = [E.Config(dim=4, layers=1, head_size=2, vocab=5, ffn=3, mlp=(1, 2, 3, 1))
                  freeze=("emb.weight", "head.weight", "blocks.0.ln1.weight", "blocks.1.att.v1", "blocks.1.att.x_k"))]
 RANK = dict(zip(POOL, (4, 1, 3, 1)))
 kernels = st.tuples(configs(), RANKS) if HUNT else st.sampled_from([*RANK.items()])
+SOURCES = [E.kernel_source(*kernel) for kernel in RANK.items()]
 LOAD, ahead, compiling, built = E.load_c.__wrapped__, ThreadPoolExecutor(1), {}, {}
 
 
 def load_c(source, flags):
-    """E.load_c, for what another core has not begun to compile ahead of the tests."""
+    """E.load_c, for what another core has not begun to compile ahead of the tests; other shapes need not be fast."""
+    flags += " -Og" * (source not in SOURCES)
     if (source, flags) not in compiling or compiling[source, flags].cancel():
         compiling[source, flags] = Future()
         compiling[source, flags].set_result(LOAD(source, flags))
@@ -106,8 +108,7 @@ def load_c(source, flags):
 def _compile_ahead(request):
     with mock.patch.object(E, "load_c", load_c):
         if len(request.session.items) > 100 and "c" in BACKENDS:
-            for flags, (cfg, rank) in itertools.product(NATIVE, RANK.items()):
-                source = E.kernel_source(cfg, rank)
+            for flags, source in itertools.product(NATIVE, SOURCES):
                 compiling[source, flags] = ahead.submit(LOAD, source, flags)
         yield
     ahead.shutdown(cancel_futures=True)
@@ -1338,17 +1339,6 @@ def test_a_kernel_is_compiled_in_one_way_or_another(cc, flags, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@needs_c
-def test_where_a_library_cannot_be_loaded_numpy_goes_on(monkeypatch, capsys):
-    """As from a folder that is mounted noexec."""
-    monkeypatch.setattr(E, "load_c", LOAD)
-    monkeypatch.setattr(ctypes, "CDLL", mock.Mock(side_effect=OSError("failed to map segment")))
-    assert E.make_backend(None, TINY, 1).name == "numpy"
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "let TMPDIR be" in err
-
-
 def test_threads_are_what_the_quota_pays_for(tmp_path, monkeypatch):
     monkeypatch.setattr(E, "Path", lambda path: Path(f"{tmp_path}{path}"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
@@ -1366,18 +1356,22 @@ def test_threads_are_what_the_quota_pays_for(tmp_path, monkeypatch):
     assert E.cores() == 7
 
 
-def test_without_a_compiler_numpy_goes_on(tmp_path, monkeypatch, capsys):
-    if "cuda" in BACKENDS:
-        pytest.skip("there is a GPU")
+@posix
+@pytest.mark.parametrize(("compiler", "remedy"), [("", "install"), ("exit 1", "set CC"), ("exit 0", "let TMPDIR be")])
+def test_without_a_compiler_that_works_numpy_goes_on(compiler, remedy, tmp_path, monkeypatch, capsys):
+    """There is none, or it fails, or its library cannot be loaded, as from a folder that is mounted noexec."""
+    if compiler:
+        (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "cc").chmod(0o755)
     monkeypatch.setattr(E, "load_c", LOAD)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert E.make_backend(None, TINY, 1).name == "numpy"
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "install" in err
-    with pytest.raises(E.UserError, match="install"):
+    with pytest.raises(E.UserError, match=remedy):
         E.make_backend("c", TINY, 1)
+    if "cuda" not in BACKENDS:
+        assert E.make_backend(None, TINY, 1).name == "numpy"
+        [said] = capsys.readouterr().err.splitlines()
+        assert remedy in said
 
 
 def test_the_tales_are_what_their_generator_writes(tmp_path):
@@ -1683,7 +1677,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(prose, tm
     rng, killed, finished, resumed = random.Random(time.time() if HUNT else 1), 0, 0, 0
     while killed < (110 if HUNT else 12):
         drawn = {"--dim": 8, "--head-size": 4, "--population": 2 * rng.randint(4, 12), "--tokens": rng.randint(3, 8),
-                 "--seed": rng.randrange(2**32), "--freeze": rng.choice(["", "emb"]), "--steps": 200, "--data": prose,
+                 "--seed": rng.randrange(2**32), "--freeze": rng.choice(["", "emb"]), "--steps": 40, "--data": prose,
                  "--vocab": rng.randint(1, 40), "--backend": "numpy"}
         args, code = [item for pair in drawn.items() for item in pair], None
         one, out = tmp_path / f"whole{finished}", tmp_path / f"parts{finished}"
@@ -1744,9 +1738,11 @@ def test_main_trains_evaluates_and_samples(tmp_path, capsys):
 
 @needs_c
 @pytest.mark.parametrize(("args", "sha256"), [
-    ("--steps 20", "c4fdfc250e0a1272"), ("--steps 20 --vocab bytes", "0e986f1eef7acde1")])
-def test_the_default_run_ends_with_these_bits(args, sha256, tmp_path, capsys):
-    """Those of the first edition, whose table had gaps: 275de689cd774a62 and b6e3f8122f1dc99a there."""
+    ("--steps 5", "eb5a316d8527bbee"), ("--steps 20 --vocab 256", "c4fdfc250e0a1272"),
+    ("--steps 20 --vocab bytes", "0e986f1eef7acde1")])
+def test_runs_on_the_tales_end_with_these_bits(args, sha256, tmp_path, monkeypatch, capsys):
+    """The last two are those of the first edition, whose table had gaps: 275de689cd774a62 and b6e3f8122f1dc99a."""
+    monkeypatch.setattr(E, "load_c", LOAD)
     out = main(capsys, *args.split(), "--out", tmp_path / "run")
     assert out[-1].startswith(f"weights sha256 {sha256}")
 
@@ -1822,7 +1818,7 @@ def test_every_setting_is_an_option_with_a_remark(capsys):
 @posix
 def test_interrupted_and_resumed_equals_uninterrupted(prose, tmp_path, capsys):
     """By Ctrl-C; a log that is no terminal has the header before the first step."""
-    args = [*QUICK, "--steps", "300", "--data", prose, "--backend", "numpy"]
+    args = [*QUICK, "--tokens", "4", "--steps", "150", "--data", prose, "--backend", "numpy"]
     run = process(*args, "--out", "parts", cwd=tmp_path)
     assert run.stdout.readline().startswith("RWKV-7 of ")
     while not run.stdout.readline().startswith("step"):
@@ -1832,7 +1828,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(prose, tmp_path, capsys):
     assert run.returncode == 2
     assert err.count("\n") == 1
     assert "--resume --out parts" in err
-    assert 0 < E.load_model(tmp_path / "parts" / "model.npz").step < 300
+    assert 0 < E.load_model(tmp_path / "parts" / "model.npz").step < 150
     main(capsys, *args, "--out", tmp_path / "whole")
     main(capsys, "--resume", "--out", tmp_path / "parts")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
