@@ -2314,10 +2314,10 @@ def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
         same = {"tokens"} | (set() if given.keys() & {"task", "data", "valid"} else {"data", "valid"})
         s = replace(s, **{name: was[name] for name in same - given.keys() if name in was})
     else:
-        size = s.vocab or ("bytes" if s.task else "256" if s.data else "2048")
-        if size != "bytes" and not (size.isdecimal() and 1 <= int(size) <= 4096):
-            raise UserError(f"--vocab {size} cannot be learned: choose 1 to 4096, or bytes")
-        vocab = Vocab() if size == "bytes" else learn_vocab(*read_text(s.data or DATA, s.valid), int(size))
+        s = replace(s, vocab=s.vocab or ("bytes" if s.task else "256" if s.data else "2048"))
+        if s.vocab != "bytes" and not (s.vocab.isdecimal() and 1 <= int(s.vocab) <= 4096):
+            raise UserError(f"--vocab {s.vocab} cannot be learned: choose 1 to 4096, or bytes")
+        vocab = Vocab() if s.vocab == "bytes" else learn_vocab(*read_text(s.data or DATA, s.valid), int(s.vocab))
         model = new_model(Config(s.dim, s.layers, s.head_size, len(vocab.tokens)), s.seed)
     s = replace(s, freeze="emb,head" if vocab.world and "freeze" not in given else s.freeze)
     frozen = set[str]()

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -96,25 +97,26 @@ SOURCES = [E.kernel_source(*kernel) for kernel in RANK.items()]
 LOAD, ahead, begun, built = E.load_c.__wrapped__, ThreadPoolExecutor(1), {}, {}
 
 
-def ahead_of(compile, *args):
-    """What a compilation gives, which another core may have begun before the test."""
-    if (compile, args) not in begun or begun[compile, args].cancel():
-        return compile(*args)
-    return begun[compile, args].result()
+def ahead_of(work, *args):
+    """What some long work gives, which another core may have begun before the test."""
+    if (work, args) not in begun or begun[work, args].cancel():
+        return work(*args)
+    return begun[work, args].result()
 
 
 @cache
 def load_c(source, flags):
     """E.load_c, in haste for shapes that few tests use."""
-    return ahead_of(LOAD, source, flags + " -Og" * (source not in SOURCES))
+    return ahead_of(LOAD, source, flags + " -O1" * (source not in SOURCES))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compile_ahead(request):
+def _work_ahead(request):
     if len(request.session.items) > 100:
         jobs = itertools.product([LOAD], itertools.product(SOURCES, NATIVE if "c" in BACKENDS else []))
-        for compile, args in (*jobs, *itertools.product([by_nvrtc], GPUS)):
-            begun[compile, args] = ahead.submit(compile, *args)
+        emulated = itertools.product([emulate], EMULATED if emulating else [])
+        for work, args in (*jobs, *emulated, *itertools.product([by_nvrtc], GPUS)):
+            begun[work, args] = ahead.submit(work, *args)
     with mock.patch.object(E, "load_c", load_c):
         yield
     ahead.shutdown(cancel_futures=True)
@@ -654,686 +656,6 @@ def test_the_first_part_alone_trains_to_the_bits_of_the_whole_file():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CUDA
-
-
-SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may have
-
-
-GPUS = [*itertools.product(SHARED, [(256, 6, 64, 1)]), (75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3))]
-
-
-def by_nvrtc(arch, shape):
-    """The PTX of a kernel and the compiler's report, for a GPU that need not be there; raises RuntimeError."""
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-    dim, layers, head_size, rank = shape
-    source = E.kernel_source(E.Config(dim=dim, layers=layers, head_size=head_size), rank)
-    options = f"-DSHARED={SHARED[arch]}", "--ptxas-options=-v", f"--gpu-architecture=sm_{arch}"
-    program = nvrtc.createProgram(source, "kernel.cu", (), ())
-    try:
-        nvrtc.compileProgram(program, (*E.CUDA_OPTIONS, *options))
-    except nvrtc.NVRTCError:
-        raise AssertionError(nvrtc.getProgramLog(program)) from None
-    return nvrtc.getPTX(program), nvrtc.getProgramLog(program)
-
-
-@pytest.mark.parametrize(("arch", "shape"), GPUS)
-def test_cuda_source_compiles_without_spills(arch, shape):
-    """The compiler's report says that no register of a hot function is spilled."""
-    try:
-        ptx, report = ahead_of(by_nvrtc, arch, shape)
-    except (ImportError, RuntimeError) as e:
-        pytest.skip(f"no NVRTC library: {e}")
-    assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
-    assert b".ftz" not in ptx  # and denormals are kept
-    assert (b"mma.sync.aligned.m16n8k32" in ptx) == (arch >= 80)
-    assert b"dp4a" in ptx
-    spills = dict(re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report))
-    hot = ("matmul", "quantise", "recurrence", "layer_norm", "vectors", "loss", "choose")
-    found = [name for name in spills if any(part in name for part in hot)]
-    assert len(found) >= len(hot)
-    assert {spills[name] for name in found} == {"0"}
-    assert max(int(n) for n in spills.values()) <= 512  # kept across calls of these functions by the others
-
-
-SIMT = r"""
-// Runs CUDA kernels on the CPU. A thread is a fiber, which runs until it waits for others, at __syncthreads or at a
-// collective of its warp. All blocks live at once and take turns, so what they share by mistake goes wrong.
-// With __CUDA_ARCH__, this is what a kernel sees of the GPU; g++ -fsanitize makes it call a hook before every access to
-// memory. Without, it is the machine, which runs the fibers and defines the hooks.
-#include <math.h>
-#include <string.h>
-struct Index { unsigned x; };
-extern Index threadIdx, blockIdx, blockDim, gridDim;
-inline int __dp4a(int a, int b, int c) {
-  for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
-  return c;
-}
-#ifdef __CUDA_ARCH__
-#define __CUDACC__
-#define __device__
-#define __global__
-#define __ldg(p) (*(p))
-#define __shared__                                // the driver makes the array a pointer to the block's memory
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __align__(n) __attribute__((aligned(n)))
-#define __noinline__ __attribute__((noinline))
-#if __CUDA_ARCH__ >= 800
-#define MMA simt_mma
-#endif
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
-inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
-int atomicAdd(int *p, int x);
-void __syncthreads();
-void __syncwarp(unsigned mask = ~0u);
-void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
-int simt_shuffle(unsigned mask, int bits, int lane);
-int __all_sync(unsigned mask, int x);
-template <class T> T __shfl_sync(unsigned mask, T x, int lane) {
-  return __builtin_bit_cast(T, simt_shuffle(mask, __builtin_bit_cast(int, x), lane));
-}
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits) { return __shfl_sync(mask, x, threadIdx.x ^ bits); }
-
-#else
-#include <deque>
-#include <set>
-#include <setjmp.h>
-#include <string>
-#include <ucontext.h>
-#include <vector>
-using std::string, std::to_string, std::vector;
-
-enum Kind { READ, WRITE, ATOMIC };
-struct Record {                                   // the last access of one kind to a grain of memory
-  unsigned time, site;                            // time 0: there was none; site: where in the code
-  unsigned short thread : 13;                     // counted over all blocks
-  unsigned short lanes : 1, warps : 1, blocks : 1;  // so did another thread of its warp since that last met, another
-};                                                // warp of its block since that last met, another block
-struct Grain { Record last[3]; };                 // by kind
-struct Region { string name; char *start; size_t size; bool writable; int block, grain; vector<Grain> grains; };
-typedef int Given[32][6];                         // what the lanes of a warp show each other
-struct Group {                                    // a warp or a block, whose threads wait for each other
-  vector<struct Fiber *> threads;
-  const char *where;
-  unsigned arrived, rounds, met;                  // met: the time when all last were there
-  Given given[2];                                 // in turn, as a lane may give again before others have read
-};
-struct Fiber { unsigned id, block, site; const char *where; Group *warp, *all; char *stack; jmp_buf context; };
-
-Index threadIdx, blockIdx, blockDim, gridDim;
-char *simt_shared;
-__attribute__((visibility("hidden"))) extern char __ehdr_start[], _end[];  // from the linker: this library
-static const size_t STACK = 1 << 17;
-static void (*kernel)(void **), **arguments;
-static vector<Region> regions;                    // first the shared memory of each block
-static vector<Fiber> fibers;
-static std::deque<Fiber *> ready;
-static Fiber *self;
-static unsigned now;                              // counts the meetings, as nothing else orders accesses
-static ucontext_t starting;
-static jmp_buf host;
-static string findings;
-static std::set<unsigned> found;                  // their sites
-
-#define SITE ((unsigned)((char *)__builtin_return_address(0) - __ehdr_start - 1))
-static string who(unsigned id, unsigned site) {   // the driver turns @site into a line of the source
-  return "block " + to_string(id / blockDim.x) + " thread " + to_string(id % blockDim.x) + " @" + to_string(site);
-}
-static void report(const string &text, unsigned site, bool fatal) {
-  if (found.insert(site).second) findings += text + "\n";
-  if (fatal || found.size() == 3) _longjmp(host, 1);
-}
-
-// ---- accesses to memory
-
-static Region &nearest(const char *p) {           // the region that holds p, if any does
-  Region *best = nullptr;
-  size_t least = -1;
-  for (Region &r : regions) if (least && (r.block < 0 || r.block == (int)self->block)) {
-    size_t off = p < r.start ? r.start - p : p < r.start + r.size ? 0 : p - r.start - r.size + 1;
-    if (off < least) least = off, best = &r;
-  }
-  return *best;
-}
-
-static void report(const char *what, char *p, size_t n, Kind kind, unsigned site, bool fatal, const string &more = "") {
-  static const char *const verbs[] = {" reads ", " writes ", " atomically updates "};
-  const Region &r = nearest(p);
-  report(what + who(self->id, site) + verbs[kind] + to_string(n) + " bytes at byte " + to_string(p - r.start) +
-         " of " + r.name + " (" + to_string(r.size) + " bytes)" + more, site, fatal);
-}
-
-static void report_race(char *p, size_t n, Kind kind, unsigned site, const Record &r) {
-  string others = r.lanes || r.warps || r.blocks ? ", as others" : "";
-  report("race: ", p, n, kind, site, false, ", not ordered with " + who(r.thread, r.site) + others);
-}
-
-// Whether the access, or one that its flags stand for, was another thread's with nothing since then to order it.
-static bool unordered(const Record &r) {
-  if (!r.time) return false;
-  const Fiber &other = fibers[r.thread];
-  if (r.blocks || other.block != self->block) return true;
-  if (r.time < self->all->met) return false;
-  if (r.warps || other.warp != self->warp) return true;
-  return r.time >= self->warp->met && (r.lanes || &other != self);
-}
-
-static void remember(Record &r, unsigned site) {
-  const Fiber &other = fibers[r.thread];
-  bool any = r.time, recent = any && r.time >= self->all->met;
-  r.blocks = any && (r.blocks || other.block != self->block);
-  r.warps = recent && (r.warps || other.warp != self->warp);
-  r.lanes = recent && r.time >= self->warp->met && (r.lanes || &other != self);
-  r.time = now, r.site = site, r.thread = self->id;
-}
-
-static void access(char *p, size_t n, Kind kind, unsigned site) {
-  if ((p >= self->stack && p + n <= self->stack + STACK) || (p >= __ehdr_start && p + n <= _end)) return;
-  Region &region = nearest(p);
-  if (p < region.start || p + n > region.start + region.size) report("out of bounds: ", p, n, kind, site, true);
-  if (!region.writable) {                         // nor is there a race where nobody may write
-    if (kind != READ) report("not in out: ", p, n, kind, site, false);
-    return;
-  }
-  Record race = {};
-  for (size_t i = (p - region.start) / region.grain; i <= (p + n - 1 - region.start) / region.grain; i++) {
-    Record *last = region.grains[i].last;
-    for (Kind k : {READ, ATOMIC, WRITE})
-      if (!race.time && (k != kind || k == WRITE) && unordered(last[k])) race = last[k];
-    remember(last[kind], site);
-  }
-  if (race.time) report_race(p, n, kind, site, race);
-}
-
-#define HOOKS(n) \
-  extern "C" void __tsan_read##n(char *p) { access(p, n, READ, SITE); } \
-  extern "C" void __tsan_write##n(char *p) { access(p, n, WRITE, SITE); }
-HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-extern "C" void __tsan_read_range(char *p, size_t n) { access(p, n, READ, SITE); }
-extern "C" void __tsan_write_range(char *p, size_t n) { access(p, n, WRITE, SITE); }
-extern "C" void __tsan_init() {}
-extern "C" void __ubsan_handle_out_of_bounds(void *, long i) {
-  report("index out of bounds: " + who(self->id, SITE) + " takes element " + to_string(i), SITE, true);
-}
-extern "C" void __ubsan_handle_type_mismatch_v1(void *, char *p) { report("misaligned: ", p, 0, READ, SITE, true); }
-int atomicAdd(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); return (*p += x) - x; }
-
-// ---- threads
-
-static void go_on() {                             // with the next thread that can
-  if (ready.empty()) {
-    for (Fiber &f : fibers) if (f.where) for (Fiber &g : fibers) if (g.all == f.all && g.where != f.where)
-      report("deadlock: " + who(f.id, f.site) + " waits at " + f.where + ", " +
-             (g.where ? who(g.id, g.site) + " at " + g.where : who(g.id, 0) + " has ended"), f.site, true);
-    _longjmp(host, 1);
-  }
-  self = ready.front();
-  ready.pop_front();
-  threadIdx.x = self->id % blockDim.x;
-  blockIdx.x = self->block;
-  simt_shared = regions[self->block].start;
-  _longjmp(self->context, 1);
-}
-
-static void live() {                              // what a fiber does
-  if (!_setjmp(self->context)) setcontext(&starting);
-  kernel(arguments);
-  self->where = nullptr;
-  go_on();
-}
-
-// Returns when all of the group are here. If that `orders` accesses, as only barriers do, those before it come before
-// those after it.
-static void meet(Group &g, const char *where, bool orders, unsigned site) {
-  if (g.arrived && strcmp(g.where, where))
-    report("divergence: " + who(self->id, site) + " is at " + where + ", others at " + g.where, site, true);
-  self->where = g.where = where, self->site = site;
-  if (++g.arrived < g.threads.size()) {
-    if (!_setjmp(self->context)) go_on();
-    return;
-  }
-  g.arrived = 0, g.rounds++;
-  if (orders) g.met = ++now;
-  for (Fiber *f : g.threads) if (f != self) ready.push_back(f);
-}
-
-static Given &exchange(unsigned mask, const int *mine, int n, const char *where, bool orders, unsigned site) {
-  if (mask != ~0u) report("not emulated: " + who(self->id, site) + " masks lanes of " + where, site, true);
-  Given &given = self->warp->given[self->warp->rounds % 2];
-  memcpy(given[threadIdx.x % 32], mine, n * sizeof(int));
-  meet(*self->warp, where, orders, site);
-  return given;
-}
-
-void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
-void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
-int simt_shuffle(unsigned mask, int bits, int lane) {
-  return exchange(mask, &bits, 1, "a shuffle", false, SITE)[lane & 31][0];
-}
-int __all_sync(unsigned mask, int x) {
-  Given &given = exchange(mask, &x, 1, "a vote", false, SITE);
-  for (int lane = 0; lane < 32; lane++) if (!given[lane][0]) return 0;
-  return 1;
-}
-
-// mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
-// in b0, b1 the same bytes of column g of B, and in c columns 2j, 2j+1 of row g, then of row g+8.
-void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1) {
-  int mine[6] = {a0, a1, a2, a3, b0, b1}, g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-  Given &given = exchange(~0u, mine, 6, "an MMA", false, SITE);
-  for (int i = 0; i < 4; i++) for (int k = 0; k < 4; k++) for (int half = 0; half < 2; half++)
-    c[i] = __dp4a(given[4 * g + k][i / 2 + 2 * half], given[4 * (2 * j + i % 2) + k][4 + half], c[i]);
-}
-
-// ---- launches
-
-// Tells what a kernel may access: every block if block is -1, or as the shared memory of one, these come first.
-// grain: as many bytes are one thing, of which no two threads own a part.
-extern "C" void simt_region(const char *name, char *start, size_t size, bool writable, int block, int grain) {
-  regions.push_back({name, start, size, writable, block, grain, vector<Grain>(size / grain + 1)});
-}
-
-// Runs a kernel on the regions given since the last launch and returns what is wrong with it.
-extern "C" const char *simt_launch(void (*entry)(void **), void **values, unsigned blocks, unsigned threads) {
-  kernel = entry, arguments = values;
-  gridDim.x = blocks, blockDim.x = threads, now = 1;
-  findings.clear(), found.clear(), ready.clear();
-  vector<Group> all(blocks), warps(blocks * threads);  // more than enough
-  char *stacks = (char *)malloc(blocks * threads * STACK);
-  fibers.resize(blocks * threads);
-  for (Fiber &f : fibers) {
-    f.id = &f - &fibers[0], f.block = f.id / threads, f.stack = stacks + f.id * STACK;
-    f.all = &all[f.block], f.warp = &warps[f.block * threads + f.id % threads / 32];
-    for (Group *g : {f.all, f.warp}) g->threads.push_back(&f);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = f.stack, context.uc_stack.ss_size = STACK;
-    makecontext(&context, live, 0);
-    self = &f;
-    swapcontext(&starting, &context);
-    ready.push_back(&f);
-  }
-  if (!_setjmp(host)) go_on();
-  regions.clear();
-  free(stacks);
-  return findings.c_str();
-}
-#endif
-"""
-
-
-class Simt:
-    """A launcher on an emulated GPU; findings of races and bad accesses are AssertionErrors.
-
-    blocks: how many there are; check: look for races and for accesses out of bounds.
-    """
-
-    def __init__(self, source, folder, arch=800, blocks=2, check=True, shared=232448):
-        self.blocks = blocks
-        signature = r"(?:KERNEL|__global__\s+void(?:\s+__launch_bounds__\(\w+\))?)\s+(\w+)\s*\(([^)]*)\)\s*\{"
-        self.kernels = {name: re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters) for name, parameters in
-                        re.findall(signature, source)}
-        self.code = re.sub(r"(extern\s+__shared__[^;]*?)(\w+)\s*\[\s*\]", r'\1*\2 __asm__("simt_shared")', source)
-        for name, parameters in self.kernels.items():
-            values = ", ".join(f"*({kind} *)values_[{i}]" for i, (kind, _) in enumerate(parameters))
-            self.code += f'\nextern "C" __attribute__((no_sanitize("thread"))) void simt_{name}(void **values_) {{'
-            self.code += f" {name}({values}); }}\n"
-        stem = folder / hashlib.sha256(f"{self.code}{arch}{check}{shared}".encode()).hexdigest()[:16]
-        header, machine, kernel = folder / "simt.cc", folder / "machine.o", f"{stem}.o"
-        header.write_text(SIMT)
-        Path(f"{stem}.cu").write_text(self.code)
-        gcc = ["g++", "-std=c++17", "-w", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]  # that forbids _longjmp
-        if not machine.exists():
-            subprocess.run([*gcc, "-O2", "-c", header, "-o", machine], check=True)
-        hooks = ["-fsanitize=thread,bounds,alignment", "--param", "tsan-instrument-func-entry-exit=0"] if check else []
-        self.path = f"{stem}.so"
-        if not os.path.exists(self.path):
-            subprocess.run([*gcc, "-O1", *hooks, "-gdwarf-4",  # addr2line gets the files of DWARF 5 wrong
-                            f"-D__CUDA_ARCH__={arch}", f"-DSHARED={shared}", "-include", header, "-x", "c++", "-c",
-                            f"{stem}.cu", "-o", kernel], check=True)
-            subprocess.run(["g++", "-shared", "-Wl,-z,defs", machine, kernel, "-lm", "-o", self.path], check=True)
-        self.gpu = ctypes.CDLL(self.path)
-        self.gpu.simt_launch.restype = ctypes.c_char_p
-        needs = np.zeros(len(E.Needs._fields), np.int32)
-        if "needs" in self.kernels:
-            self.run("needs", (needs,), [needs], 1, 1, 0)
-        self.needs, self.shared = E.Needs(*needs.tolist()), shared
-
-    def place(self, site):
-        """Where in the source the machine found something, with the lines that it is inlined from."""
-        found = subprocess.run(["addr2line", "-ie", self.path, hex(int(site[1]))], capture_output=True, text=True,
-                               check=True)
-        lines = [int(n) for n in re.findall(r"\.cu:(\d+)", found.stdout)]
-        text = self.code.splitlines()
-        return f" (line {' from '.join(map(str, lines))}: {text[lines[0] - 1].strip()})" if lines else ""
-
-    def run(self, name, args, out, blocks, threads, shared):
-        """Call a kernel on copies of its arrays, well apart from each other; those in `out` are copied back."""
-        values, back, kept = [], [], []
-
-        def put(what, array, writable, block):
-            memory = np.full(2048 + array.nbytes, 0xCD, np.uint8)
-            at = 1024 - memory.ctypes.data % 256
-            copy = memory[at:at + array.nbytes]
-            copy[:] = array.reshape(-1).view(np.uint8)
-            kept.append(memory)
-            self.gpu.simt_region(what.encode(), ctypes.c_void_p(copy.ctypes.data), ctypes.c_size_t(copy.size), writable,
-                                 block, 4 if name == "play" and array.dtype == np.uint8 else array.itemsize)
-            return copy
-
-        for block in range(blocks):
-            put("shared memory", np.full(shared, 0xCD, np.uint8), True, block)
-        for (_, parameter), a in zip(self.kernels[name], args, strict=True):
-            if isinstance(a, np.ndarray):
-                writable = any(a is o for o in out)
-                copy = put(parameter, a, writable, -1)
-                back += [(a, copy)] * writable
-                a = np.uint64(copy.ctypes.data)
-            values.append(np.array(0 if a is None else a))
-        pointers = np.array([v.ctypes.data for v in values], np.uint64)
-        findings = self.gpu.simt_launch(getattr(self.gpu, f"simt_{name}"), ctypes.c_void_p(pointers.ctypes.data),
-                                        blocks, threads).decode()
-        assert not findings, f"{name}\n" + re.sub(r" @(\d+)", self.place, findings)
-        for a, copy in back:
-            a[...] = copy.view(a.dtype).reshape(a.shape)
-
-    def zeros(self, size):
-        """An array for the kernel alone."""
-        return np.zeros(size, np.int8)
-
-    def __call__(self, name, which, args, out):
-        """Run batches or units of a kernel."""
-        needs = self.needs
-        fast = needs.swaps + {"play": needs.fast, "update": needs.update}.get(name, 0)
-        scratch = np.full(self.blocks * max(needs.batch, needs.update), 0xCD, np.uint8)
-        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch), [*out, scratch], self.blocks,
-                 needs.threads, fast if fast <= self.shared else needs.swaps)
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_cupy_keeps_to_the_options(kept, monkeypatch):
-    """CuPy's way to compile, but for asking the GPU what it is: cupy.RawModule would flush denormals to zero."""
-    compiler = pytest.importorskip("cupy.cuda.compiler")
-    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
-    options = E.CUDA_OPTIONS if kept else (*E.CUDA_OPTIONS, "-ftz=true")  # as RawModule does
-    try:
-        code, _ = compiler.compile_using_nvrtc(E.kernel_source(E.Config(), 1), options)
-    except Exception as e:
-        pytest.skip(f"no NVRTC library: {e}")
-    assert (b"noftz" in code) == kept  # the compiler's own division, named in the machine code
-
-
-needs_gcc = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or platform.machine() != "x86_64",
-                               reason="the interpreter needs Linux on x86-64 and g++")
-
-
-@pytest.fixture(scope="session")
-def simt_folder(tmp_path_factory):
-    """Where kernels for the emulated GPU are built."""
-    return tmp_path_factory.mktemp("simt")
-
-
-FAULTS = {  # what a kernel does wrong, and what the interpreter must say
-    "nothing": ("x[t] = t; __syncthreads(); y[t] = x[63 - t];", None),
-    "no barrier": ("x[t] = t; y[t] = x[63 - t];", "race"),
-    "a barrier of the warp only": ("x[t] = t; __syncwarp(); y[t] = x[63 - t];", "race"),
-    "no barrier within a warp": ("x[t] = t; y[t] = x[t ^ 1];", "race"),
-    "a barrier of the warp for a warp": ("x[t] = t; __syncwarp(); y[t] = x[t ^ 1];", None),
-    "blocks that share": ("if (t == 0) y[0] = blockIdx.x;", "race"),
-    "atomic blocks that share": ("if (t == 0) atomicAdd(&y[0], 1);", None),
-    "past the end": ("y[t + 1] = 0;", "out of bounds"),
-    "before the start": ("y[t] = y[-1 - (int)t];", "out of bounds"),
-    "past the end of shared memory": ("if (t == 9) x[64] = 1;", "out of bounds"),
-    "a barrier for some": ("if (t < 40) __syncthreads();", "deadlock"),
-    "a shuffle for some": ("if (t != 3) y[t] = __shfl_xor_sync(~0u, t, 1);", "deadlock"),
-    "misaligned": ("if (t == 0) *(int4 *)(x + 1) = make_int4(1, 2, 3, 4);", "misaligned"),
-}
-
-
-@pytest.fixture(scope="session")
-def faulty(simt_folder):
-    """All of them, built at once."""
-    return Simt("\n".join(f"""extern "C" __global__ void fault_{i}(int *y) {{
-      extern __shared__ int x[];
-      const unsigned t = threadIdx.x;
-      {body}\n}}""" for i, (body, _) in enumerate(FAULTS.values())), simt_folder)
-
-
-@needs_gcc
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_interpreter_sees(fault, faulty):
-    y, said, name = np.zeros(64, np.int32), FAULTS[fault][1], f"fault_{[*FAULTS].index(fault)}"
-    with pytest.raises(AssertionError, match=said) if said else contextlib.nullcontext():
-        faulty.run(name, (y,), [y], 2 if "blocks" in fault else 1, 64, 256)
-
-
-@needs_gcc
-def test_the_interpreter_multiplies_as_the_manual_says(simt_folder):
-    """The layout of mma.sync's fragments: PTX manual, "Matrix Fragments for mma.m16n8k32"."""
-    source = """extern "C" __global__ void go(const int *a, const int *b, int *c) {
-      const int g = threadIdx.x / 4, j = threadIdx.x % 4;
-      int d[4] = {};
-      MMA(d, a[g * 8 + j], a[(g + 8) * 8 + j], a[g * 8 + j + 4], a[(g + 8) * 8 + j + 4],
-          b[g * 8 + j], b[g * 8 + j + 4]);
-      for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * j + i % 2] = d[i];
-    }"""
-    rng = np.random.default_rng(0)
-    a, b, c = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (8, 32)), np.zeros((16, 8), np.int32)
-    args = a.astype(np.int8), b.astype(np.int8), c
-    Simt(source, simt_folder).run("go", args, [c], 1, 32, 0)
-    np.testing.assert_array_equal(c, a @ b.T)
-
-
-@needs_gcc
-@pytest.mark.parametrize(("cfg", "rank", "arch", "shared"), [
-    (POOL[0], 3, 750, 232448), (POOL[1], 1, 800, 12000), (POOL[2], 2, 800, 232448), (POOL[3], 1, 800, 232448)])
-@given(SEEDS, st.integers(1, 5), st.integers(1, 70))
-@example(7, 3, 65)
-@examples(1)
-def test_cuda_branch_equals_numpy_on_an_emulated_gpu(simt_folder, cfg, rank, arch, shared, seed, T, runs):
-    """Without a race or a stray access; with shared memory for all or for tiles alone, by MMA or by dp4a."""
-    def build(source):
-        return Simt(source, simt_folder, arch, shared=shared)
-
-    if (arch, cfg) not in built:
-        built[arch, cfg] = E.KernelBackend(cfg, rank, "cuda", build)
-    assert_equals_numpy(built[arch, cfg], seed, T, runs, 1.5)
-
-
-@needs_gcc
-def test_activations_of_width_256_fit_the_shared_memory_of_an_h100(simt_folder):
-    needs = Simt(E.kernel_source(E.Config(dim=256, layers=6, head_size=64), 1), simt_folder, check=False).needs
-    assert needs.swaps + max(needs.fast, needs.update) <= SHARED[90]
-    assert 132 * max(needs.batch, needs.update) < 4 * 2**30  # all that a launch needs, whatever the population
-
-
-class FakeCupy:
-    """As much of CuPy as nano_eggroll uses, on the emulated GPU; `trouble` is raised when a kernel is launched,
-    `gpus`, unless it is how many there are, when they are counted."""
-
-    def __init__(self, folder, trouble=None, gpus=1):
-        simt = {}
-
-        def count():
-            if gpus == 1:
-                return 1
-            raise gpus
-
-        class Array:
-            def __init__(self, a):
-                self.a = a
-
-            def get(self):
-                return self.a.copy()
-
-        class Function:
-            def __init__(self, gpu, name):
-                self.gpu, self.name, self.ptr, self.most = gpu, name, self, 49152
-
-            def __call__(self, grid, block, args, shared_mem=0):
-                if trouble:
-                    raise trouble
-                assert shared_mem <= self.most
-                args = [a.a if isinstance(a, Array) else a for a in args]
-                arrays = [a for a in args if isinstance(a, np.ndarray)]
-                self.gpu.run(self.name, args, arrays, grid[0], block[0], shared_mem)
-
-        class Module:
-            def load(self, cubin):
-                self.gpu = simt[cubin]
-
-            def get_function(self, name):
-                return Function(self.gpu, name)
-
-        def compile_using_nvrtc(source, options):
-            assert options[:-1] == E.CUDA_OPTIONS
-            if source not in simt:
-                simt[source] = Simt(source, folder)
-            return source, None
-
-        def set_attribute(function, attribute, value):
-            assert attribute == "shared"
-            function.most = value
-
-        self.asarray = lambda a: a if isinstance(a, Array) else Array(np.array(a))
-        self.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
-        self.empty = lambda shape, dtype: Array(np.full(shape, 0xCD, dtype))
-        device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2},
-                                 use=lambda: None)
-        self.cuda = SimpleNamespace(
-            Device=lambda i=0: device,
-            compiler=SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc),
-            function=SimpleNamespace(Module=Module),
-            driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1,
-                                   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
-                                   funcSetAttribute=set_attribute),
-            runtime=SimpleNamespace(getDeviceCount=count,
-                                    memGetInfo=lambda: (2**30, 2**30)))
-
-
-@needs_gcc
-def test_a_run_on_an_emulated_gpu_ends_with_the_hash_of_numpy(simt_folder, tmp_path, monkeypatch, capsys):
-    """Through CuPy's interface, with no flag, as where there is a GPU."""
-    args = ["--dim", "8", "--head-size", "4", "--population", "8", "--tokens", "9", "--steps", "3", "--data",
-            str(tmp_path / "text")]
-    (tmp_path / "text").write_bytes(b"to be or not to be " * 20)
-    assert E.main([*args, "--backend", "numpy", "--out", str(tmp_path / "numpy")]) == 0
-    numpy = capsys.readouterr().out.splitlines()
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(simt_folder))
-    monkeypatch.setattr(E.TextTask, "sample", lambda *_: None)  # 400 tokens, one after the other
-    assert E.main([*args, "--out", str(tmp_path / "cuda")]) == 0
-    cuda = capsys.readouterr().out.splitlines()
-    assert any("backend cuda" in line for line in cuda)
-    assert cuda[-2:] == numpy[-2:]
-    one, two = (E.load_model(tmp_path / b / "model.npz") for b in ("numpy", "cuda"))
-    np.testing.assert_array_equal(one.residual, two.residual)
-
-
-TROUBLES = {
-    "no GPU": ({"gpus": RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")}, "no CUDA-capable"),
-    "no memory": ({"trouble": RuntimeError("cudaErrorMemoryAllocation: out of memory")}, "out of memory"),
-    "no NVRTC": ({"trouble": RuntimeError("libnvrtc.so.12 cannot be opened\nor so")}, "libnvrtc.so.12"),
-}
-
-
-@needs_gcc
-@pytest.mark.parametrize("name", TROUBLES)
-def test_trouble_with_a_gpu_is_one_line_and_falls_back(name, simt_folder, tmp_path, monkeypatch, capsys):
-    settings, said = TROUBLES[name]
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(simt_folder, **settings))
-    monkeypatch.setattr(shutil, "which", lambda program, which=shutil.which: program == "nvidia-smi" or which(program))
-    cfg = E.Config(dim=4, layers=1, head_size=2, vocab=5)
-    with pytest.raises(E.UserError, match=said):
-        E.make_backend("cuda", cfg, 1)
-    assert E.main(["--backend", "cuda", "--vocab", "bytes", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert E.make_backend(None, cfg, 1).name in ("c", "numpy")
-    err = capsys.readouterr().err.splitlines()
-    assert said in err[0]
-    assert "going on with c" in err[0]
-
-
-
-needs_arm = pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc") or not shutil.which("qemu-aarch64"),
-                               reason="needs aarch64-linux-gnu-gcc and qemu-aarch64 (gcc-aarch64-linux-gnu, qemu-user)")
-
-
-ARM = r"""
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-struct { char *data; long size; } f[32];          // argument i is in the file "i", an array that is empty is NULL
-FILE *file(int i, const char *how) { char name[9]; sprintf(name, "%d", i); return fopen(name, how); }
-void get(int i) {
-  FILE *s = file(i, "rb");
-  fseek(s, 0, SEEK_END);
-  f[i].size = ftell(s);
-  f[i].data = f[i].size ? aligned_alloc(64, (f[i].size + 63) / 64 * 64) : 0;
-  rewind(s);
-  if (fread(f[i].data, 1, f[i].size, s) != f[i].size) exit(1);
-  fclose(s);
-}
-void put(int i) {
-  FILE *s = file(i, "wb");
-  if (fwrite(f[i].data, 1, f[i].size, s) != f[i].size || fclose(s)) exit(1);
-}
-int main(int argc, char **argv) {
-  int n = 0;
-"""
-
-
-class Arm:
-    """A launcher on an emulated ARM: a program that calls kernels with arguments from files, and writes arrays back."""
-
-    def __init__(self, source, folder, flags):
-        self.kernels = {name: [kind for kind, _ in re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters)]
-                        for name, parameters in re.findall(r"KERNEL (\w+)\(([^)]*)\)", source)}
-        code = source + ARM
-        for name, kinds in self.kernels.items():
-            values = ", ".join(f"f[{i}].data" if "*" in kind else f"*({kind} *)f[{i}].data"
-                               for i, kind in enumerate(kinds))
-            code += f'  if (!strcmp(argv[1], "{name}")) {{ for (; n < {len(kinds)}; n++) get(n); {name}({values}); }}\n'
-        code += "  for (int i = 0; i < n; i++) put(i);\n}"
-        self.folder = folder / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
-        self.folder.mkdir(exist_ok=True)
-        subprocess.run(["aarch64-linux-gnu-gcc", "-x", "c", *flags.split(), "-O2", "-static", "-ffp-contract=off", "-w",
-                        "-fno-strict-aliasing", "-", "-lm", "-o", self.folder / "kernel"], input=code, text=True,
-                       check=True)
-        needs = np.zeros(len(E.Needs._fields), np.int32)
-        self.run("needs", (needs,), [needs])
-        self.needs = E.Needs(*needs.tolist())
-
-    def run(self, name, args, out):
-        """Call a kernel."""
-        for i, a in enumerate(args):
-            (self.folder / str(i)).write_bytes(b"" if a is None else np.asarray(a).tobytes())
-        subprocess.run(["qemu-aarch64", "./kernel", name], cwd=self.folder, check=True)
-        for i, a in enumerate(args):
-            if a is not None and any(a is o for o in out):
-                a[...] = np.frombuffer((self.folder / str(i)).read_bytes(), a.dtype).reshape(a.shape)
-
-    def zeros(self, size):
-        """An array for the kernel alone."""
-        return np.zeros(size, np.int8)
-
-    def __call__(self, name, which, args, out):
-        """Run batches or units of a kernel."""
-        scratch = np.zeros(max(self.needs.batch, self.needs.update), np.uint8)
-        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch), out)
-
-
-@needs_arm
-@pytest.mark.parametrize("flags", ["-march=armv8-a", "-march=armv8.2-a+dotprod"])
-def test_arm_equals_numpy(flags, tmp_path):
-    backend = E.KernelBackend(POOL[1], 2, "c", lambda source: Arm(source, tmp_path, flags))
-    assert_equals_numpy(backend, 5, 19, 21, 1.5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Compilers and machines
 
 TINY = E.Config(dim=4, layers=1, head_size=2, vocab=5)
@@ -1690,7 +1012,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(prose, tm
     rng, killed, finished, resumed = random.Random(time.time() if HUNT else 1), 0, 0, 0
     while killed < (110 if HUNT else 12):
         drawn = {"--dim": 8, "--head-size": 4, "--population": 2 * rng.randint(4, 12), "--tokens": rng.randint(3, 8),
-                 "--seed": rng.randrange(2**32), "--freeze": rng.choice(["", "emb"]), "--steps": 40, "--data": prose,
+                 "--seed": rng.randrange(2**32), "--freeze": rng.choice(["", "emb"]), "--steps": 24, "--data": prose,
                  "--vocab": rng.randint(1, 40), "--backend": "numpy"}
         args, code = [item for pair in drawn.items() for item in pair], None
         one, out = tmp_path / f"whole{finished}", tmp_path / f"parts{finished}"
@@ -2048,7 +1370,7 @@ def mpiexec(*jobs):
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_processes_ends_with_the_same_bits(count, prose, tmp_path, capsys):
     """Weights, residuals, scores and log; one on the c kernel among numpy ones, with shares that are uneven."""
-    args = [*QUICK, "--population", "34", "--steps", "40", "--data", prose]
+    args = [*QUICK, "--population", "34", "--tokens", "5", "--steps", "20", "--data", prose]
     alone = main(capsys, *args, "--out", tmp_path / "alone")
     code, out, err = mpiexec((1, [MAIN, *args, "--out", tmp_path / "team"]),
                              (count - 1, [MAIN, *args, "--out", tmp_path / "team", "--backend", "numpy"]))
@@ -2075,7 +1397,7 @@ def test_processes_get_the_problems_of_their_members(letters, capsys):
 ODD = {  # what the last of three processes does differently, and what is said
     "another seed": (["--seed", "1"], "", "options, files or weights"),
     "another text": ([], "", "options, files or weights"),
-    "a weight": ([], "if team.index == 2 and model.step == 9: model.q[99] ^= 1", "weights in step 10"),
+    "a weight": ([], "if team.index == 2 and model.step == 9: model.q[99] ^= 1", "weights in step 9"),
     "a bad reward": ([], "if team.index == 2 and model.step == 9: raise UserError('out of luck')", "out of luck"),
     "a bug": ([], "if team.index == 2 and model.step == 9: 1 / 0", "ZeroDivisionError"),
     "a kill": ([], "if team.index == 2 and model.step == 9: os.kill(os.getpid(), 9)", "signal 9"),
@@ -2095,7 +1417,7 @@ def test_a_process_that_differs_or_fails_ends_the_job_with_its_name(name, prose,
     if "text" in name:  # of the same name, on another machine
         source = source.replace(read, f"{read[:-1]} + b'x' * (mpi().rank == 2))")
     (tmp_path / "odd.py").write_text(source)
-    args = [tmp_path / "odd.py", *QUICK, "--steps", "40", "--backend", "numpy", "--data", prose, "--out",
+    args = [tmp_path / "odd.py", *QUICK, "--tokens", "5", "--steps", "20", "--backend", "numpy", "--data", prose, "--out",
             tmp_path / "run"]
     code, _, err = mpiexec((2, args), (1, [*args, *more]))
     assert code not in (0, None)
@@ -2297,7 +1619,7 @@ def test_naive_es_of_bench_is_a_model_with_explicit_noise():
 def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
     """The update as written anew there is the file's own, and coarse activations are the same in numpy and C."""
     ablate, usual, found = script("ablate"), vars(E).copy(), {}
-    (tmp_path / "text").write_bytes(E.read_text(E.DATA)[0][:30000])
+    (tmp_path / "text").write_bytes(E.read_text(E.DATA)[0][:12000])
     small = "--dim 8 --head-size 4 --population 32 --tokens 20 --vocab bytes --steps 10 --data".split()
     plain = ([], ablate.moved(lambda model, Z, lr: ablate.add(model, lr * Z)))
     coarse = (["--backend", "numpy"], ablate.CHANGES["activations of 4 bits"][1])
@@ -2571,3 +1893,682 @@ def test_tokens_come_from_the_vocabulary(tmp_path, monkeypatch, capsys):
     assert "data/convert.py" in capsys.readouterr().err
     assert Path("out.npz").read_bytes() == before
     assert {*os.listdir()} == {"model.pth", "vocab", "out.npz"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA
+
+
+SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may have
+
+
+GPUS = [*itertools.product(SHARED, [(256, 6, 64, 1)]), (75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3))]
+
+
+def by_nvrtc(arch, shape):
+    """The PTX of a kernel and the compiler's report, for a GPU that need not be there; raises RuntimeError."""
+    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    dim, layers, head_size, rank = shape
+    source = E.kernel_source(E.Config(dim=dim, layers=layers, head_size=head_size), rank)
+    options = f"-DSHARED={SHARED[arch]}", "--ptxas-options=-v", f"--gpu-architecture=sm_{arch}"
+    program = nvrtc.createProgram(source, "kernel.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*E.CUDA_OPTIONS, *options))
+    except nvrtc.NVRTCError:
+        raise AssertionError(nvrtc.getProgramLog(program)) from None
+    return nvrtc.getPTX(program), nvrtc.getProgramLog(program)
+
+
+@pytest.mark.parametrize(("arch", "shape"), GPUS)
+def test_cuda_source_compiles_without_spills(arch, shape):
+    """The compiler's report says that no register of a hot function is spilled."""
+    try:
+        ptx, report = ahead_of(by_nvrtc, arch, shape)
+    except (ImportError, RuntimeError) as e:
+        pytest.skip(f"no NVRTC library: {e}")
+    assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
+    assert b".ftz" not in ptx  # and denormals are kept
+    assert (b"mma.sync.aligned.m16n8k32" in ptx) == (arch >= 80)
+    assert b"dp4a" in ptx
+    spills = dict(re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report))
+    hot = ("matmul", "quantise", "recurrence", "layer_norm", "vectors", "loss", "choose")
+    found = [name for name in spills if any(part in name for part in hot)]
+    assert len(found) >= len(hot)
+    assert {spills[name] for name in found} == {"0"}
+    assert max(int(n) for n in spills.values()) <= 512  # kept across calls of these functions by the others
+
+
+SIMT = r"""
+// Runs CUDA kernels on the CPU. A thread is a fiber, which runs until it waits for others, at __syncthreads or at a
+// collective of its warp. All blocks live at once and take turns, so what they share by mistake goes wrong.
+// With __CUDA_ARCH__, this is what a kernel sees of the GPU; g++ -fsanitize makes it call a hook before every access to
+// memory. Without, it is the machine, which runs the fibers and defines the hooks.
+#include <math.h>
+#include <string.h>
+struct Index { unsigned x; };
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
+  return c;
+}
+#ifdef __CUDA_ARCH__
+#define __CUDACC__
+#define __device__
+#define __global__
+#define __ldg(p) (*(p))
+#define __shared__                                // the driver makes the array a pointer to the block's memory
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __noinline__ __attribute__((noinline))
+#if __CUDA_ARCH__ >= 800
+#define MMA simt_mma
+#endif
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+int atomicAdd(int *p, int x);
+void __syncthreads();
+void __syncwarp(unsigned mask = ~0u);
+void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
+int simt_shuffle(unsigned mask, int bits, int lane);
+int __all_sync(unsigned mask, int x);
+template <class T> T __shfl_sync(unsigned mask, T x, int lane) {
+  return __builtin_bit_cast(T, simt_shuffle(mask, __builtin_bit_cast(int, x), lane));
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits) { return __shfl_sync(mask, x, threadIdx.x ^ bits); }
+
+#else
+#include <deque>
+#include <set>
+#include <setjmp.h>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+using std::string, std::to_string, std::vector;
+
+enum Kind { READ, WRITE, ATOMIC };
+struct Record {                                   // the last access of one kind to a grain of memory
+  unsigned time, site;                            // time 0: there was none; site: where in the code
+  unsigned short thread : 13;                     // counted over all blocks
+  unsigned short lanes : 1, warps : 1, blocks : 1;  // so did another thread of its warp since that last met, another
+};                                                // warp of its block since that last met, another block
+struct Grain { Record last[3]; };                 // by kind
+struct Region { string name; char *start; size_t size; bool writable; int block, grain; vector<Grain> grains; };
+typedef int Given[32][6];                         // what the lanes of a warp show each other
+struct Group {                                    // a warp or a block, whose threads wait for each other
+  vector<struct Fiber *> threads;
+  const char *where;
+  unsigned arrived, rounds, met;                  // met: the time when all last were there
+  Given given[2];                                 // in turn, as a lane may give again before others have read
+};
+struct Fiber { unsigned id, block, site; const char *where; Group *warp, *all; char *stack; jmp_buf context; };
+
+Index threadIdx, blockIdx, blockDim, gridDim;
+char *simt_shared;
+__attribute__((visibility("hidden"))) extern char __ehdr_start[], _end[];  // from the linker: this library
+static const size_t STACK = 1 << 17;
+static void (*kernel)(void **), **arguments;
+static vector<Region> regions;                    // first the shared memory of each block
+static vector<Fiber> fibers;
+static std::deque<Fiber *> ready;
+static Fiber *self;
+static unsigned now;                              // counts the meetings, as nothing else orders accesses
+static ucontext_t starting;
+static jmp_buf host;
+static string findings;
+static std::set<unsigned> found;                  // their sites
+
+#define SITE ((unsigned)((char *)__builtin_return_address(0) - __ehdr_start - 1))
+static string who(unsigned id, unsigned site) {   // the driver turns @site into a line of the source
+  return "block " + to_string(id / blockDim.x) + " thread " + to_string(id % blockDim.x) + " @" + to_string(site);
+}
+static void report(const string &text, unsigned site, bool fatal) {
+  if (found.insert(site).second) findings += text + "\n";
+  if (fatal || found.size() == 3) _longjmp(host, 1);
+}
+
+// ---- accesses to memory
+
+static Region &nearest(const char *p) {           // the region that holds p, if any does
+  Region *best = nullptr;
+  size_t least = -1;
+  for (Region &r : regions) if (least && (r.block < 0 || r.block == (int)self->block)) {
+    size_t off = p < r.start ? r.start - p : p < r.start + r.size ? 0 : p - r.start - r.size + 1;
+    if (off < least) least = off, best = &r;
+  }
+  return *best;
+}
+
+static void report(const char *what, char *p, size_t n, Kind kind, unsigned site, bool fatal, const string &more = "") {
+  static const char *const verbs[] = {" reads ", " writes ", " atomically updates "};
+  const Region &r = nearest(p);
+  report(what + who(self->id, site) + verbs[kind] + to_string(n) + " bytes at byte " + to_string(p - r.start) +
+         " of " + r.name + " (" + to_string(r.size) + " bytes)" + more, site, fatal);
+}
+
+static void report_race(char *p, size_t n, Kind kind, unsigned site, const Record &r) {
+  string others = r.lanes || r.warps || r.blocks ? ", as others" : "";
+  report("race: ", p, n, kind, site, false, ", not ordered with " + who(r.thread, r.site) + others);
+}
+
+// Whether the access, or one that its flags stand for, was another thread's with nothing since then to order it.
+static bool unordered(const Record &r) {
+  if (!r.time) return false;
+  const Fiber &other = fibers[r.thread];
+  if (r.blocks || other.block != self->block) return true;
+  if (r.time < self->all->met) return false;
+  if (r.warps || other.warp != self->warp) return true;
+  return r.time >= self->warp->met && (r.lanes || &other != self);
+}
+
+static void remember(Record &r, unsigned site) {
+  const Fiber &other = fibers[r.thread];
+  bool any = r.time, recent = any && r.time >= self->all->met;
+  r.blocks = any && (r.blocks || other.block != self->block);
+  r.warps = recent && (r.warps || other.warp != self->warp);
+  r.lanes = recent && r.time >= self->warp->met && (r.lanes || &other != self);
+  r.time = now, r.site = site, r.thread = self->id;
+}
+
+static void access(char *p, size_t n, Kind kind, unsigned site) {
+  if ((p >= self->stack && p + n <= self->stack + STACK) || (p >= __ehdr_start && p + n <= _end)) return;
+  Region &region = nearest(p);
+  if (p < region.start || p + n > region.start + region.size) report("out of bounds: ", p, n, kind, site, true);
+  if (!region.writable) {                         // nor is there a race where nobody may write
+    if (kind != READ) report("not in out: ", p, n, kind, site, false);
+    return;
+  }
+  Record race = {};
+  for (size_t i = (p - region.start) / region.grain; i <= (p + n - 1 - region.start) / region.grain; i++) {
+    Record *last = region.grains[i].last;
+    for (Kind k : {READ, ATOMIC, WRITE})
+      if (!race.time && (k != kind || k == WRITE) && unordered(last[k])) race = last[k];
+    remember(last[kind], site);
+  }
+  if (race.time) report_race(p, n, kind, site, race);
+}
+
+#define HOOKS(n) \
+  extern "C" void __tsan_read##n(char *p) { access(p, n, READ, SITE); } \
+  extern "C" void __tsan_write##n(char *p) { access(p, n, WRITE, SITE); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+extern "C" void __tsan_read_range(char *p, size_t n) { access(p, n, READ, SITE); }
+extern "C" void __tsan_write_range(char *p, size_t n) { access(p, n, WRITE, SITE); }
+extern "C" void __tsan_init() {}
+extern "C" void __ubsan_handle_out_of_bounds(void *, long i) {
+  report("index out of bounds: " + who(self->id, SITE) + " takes element " + to_string(i), SITE, true);
+}
+extern "C" void __ubsan_handle_type_mismatch_v1(void *, char *p) { report("misaligned: ", p, 0, READ, SITE, true); }
+int atomicAdd(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); return (*p += x) - x; }
+
+// ---- threads
+
+static void go_on() {                             // with the next thread that can
+  if (ready.empty()) {
+    for (Fiber &f : fibers) if (f.where) for (Fiber &g : fibers) if (g.all == f.all && g.where != f.where)
+      report("deadlock: " + who(f.id, f.site) + " waits at " + f.where + ", " +
+             (g.where ? who(g.id, g.site) + " at " + g.where : who(g.id, 0) + " has ended"), f.site, true);
+    _longjmp(host, 1);
+  }
+  self = ready.front();
+  ready.pop_front();
+  threadIdx.x = self->id % blockDim.x;
+  blockIdx.x = self->block;
+  simt_shared = regions[self->block].start;
+  _longjmp(self->context, 1);
+}
+
+static void live() {                              // what a fiber does
+  if (!_setjmp(self->context)) setcontext(&starting);
+  kernel(arguments);
+  self->where = nullptr;
+  go_on();
+}
+
+// Returns when all of the group are here. If that `orders` accesses, as only barriers do, those before it come before
+// those after it.
+static void meet(Group &g, const char *where, bool orders, unsigned site) {
+  if (g.arrived && strcmp(g.where, where))
+    report("divergence: " + who(self->id, site) + " is at " + where + ", others at " + g.where, site, true);
+  self->where = g.where = where, self->site = site;
+  if (++g.arrived < g.threads.size()) {
+    if (!_setjmp(self->context)) go_on();
+    return;
+  }
+  g.arrived = 0, g.rounds++;
+  if (orders) g.met = ++now;
+  for (Fiber *f : g.threads) if (f != self) ready.push_back(f);
+}
+
+static Given &exchange(unsigned mask, const int *mine, int n, const char *where, bool orders, unsigned site) {
+  if (mask != ~0u) report("not emulated: " + who(self->id, site) + " masks lanes of " + where, site, true);
+  Given &given = self->warp->given[self->warp->rounds % 2];
+  memcpy(given[threadIdx.x % 32], mine, n * sizeof(int));
+  meet(*self->warp, where, orders, site);
+  return given;
+}
+
+void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
+void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
+int simt_shuffle(unsigned mask, int bits, int lane) {
+  return exchange(mask, &bits, 1, "a shuffle", false, SITE)[lane & 31][0];
+}
+int __all_sync(unsigned mask, int x) {
+  Given &given = exchange(mask, &x, 1, "a vote", false, SITE);
+  for (int lane = 0; lane < 32; lane++) if (!given[lane][0]) return 0;
+  return 1;
+}
+
+// mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
+// in b0, b1 the same bytes of column g of B, and in c columns 2j, 2j+1 of row g, then of row g+8.
+void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1) {
+  int mine[6] = {a0, a1, a2, a3, b0, b1}, g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+  Given &given = exchange(~0u, mine, 6, "an MMA", false, SITE);
+  for (int i = 0; i < 4; i++) for (int k = 0; k < 4; k++) for (int half = 0; half < 2; half++)
+    c[i] = __dp4a(given[4 * g + k][i / 2 + 2 * half], given[4 * (2 * j + i % 2) + k][4 + half], c[i]);
+}
+
+// ---- launches
+
+// Tells what a kernel may access: every block if block is -1, or as the shared memory of one, these come first.
+// grain: as many bytes are one thing, of which no two threads own a part.
+extern "C" void simt_region(const char *name, char *start, size_t size, bool writable, int block, int grain) {
+  regions.push_back({name, start, size, writable, block, grain, vector<Grain>(size / grain + 1)});
+}
+
+// Runs a kernel on the regions given since the last launch and returns what is wrong with it.
+extern "C" const char *simt_launch(void (*entry)(void **), void **values, unsigned blocks, unsigned threads) {
+  kernel = entry, arguments = values;
+  gridDim.x = blocks, blockDim.x = threads, now = 1;
+  findings.clear(), found.clear(), ready.clear();
+  vector<Group> all(blocks), warps(blocks * threads);  // more than enough
+  char *stacks = (char *)malloc(blocks * threads * STACK);
+  fibers.resize(blocks * threads);
+  for (Fiber &f : fibers) {
+    f.id = &f - &fibers[0], f.block = f.id / threads, f.stack = stacks + f.id * STACK;
+    f.all = &all[f.block], f.warp = &warps[f.block * threads + f.id % threads / 32];
+    for (Group *g : {f.all, f.warp}) g->threads.push_back(&f);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = f.stack, context.uc_stack.ss_size = STACK;
+    makecontext(&context, live, 0);
+    self = &f;
+    swapcontext(&starting, &context);
+    ready.push_back(&f);
+  }
+  if (!_setjmp(host)) go_on();
+  regions.clear();
+  free(stacks);
+  return findings.c_str();
+}
+#endif
+"""
+
+
+class Simt:
+    """A launcher on an emulated GPU; findings of races and bad accesses are AssertionErrors.
+
+    blocks: how many there are; check: look for races and for accesses out of bounds.
+    """
+
+    folder, lock = tempfile.TemporaryDirectory(), threading.Lock()  # where kernels are built, the machine only once
+
+    def __init__(self, source, arch=800, blocks=2, check=True, shared=232448):
+        self.blocks, folder = blocks, Path(self.folder.name)
+        signature = r"(?:KERNEL|__global__\s+void(?:\s+__launch_bounds__\(\w+\))?)\s+(\w+)\s*\(([^)]*)\)\s*\{"
+        self.kernels = {name: re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters) for name, parameters in
+                        re.findall(signature, source)}
+        self.code = re.sub(r"(extern\s+__shared__[^;]*?)(\w+)\s*\[\s*\]", r'\1*\2 __asm__("simt_shared")', source)
+        for name, parameters in self.kernels.items():
+            values = ", ".join(f"*({kind} *)values_[{i}]" for i, (kind, _) in enumerate(parameters))
+            self.code += f'\nextern "C" __attribute__((no_sanitize("thread"))) void simt_{name}(void **values_) {{'
+            self.code += f" {name}({values}); }}\n"
+        stem = folder / hashlib.sha256(f"{self.code}{arch}{check}{shared}".encode()).hexdigest()[:16]
+        header, machine, kernel = folder / "simt.cc", folder / "machine.o", f"{stem}.o"
+        gcc = ["g++", "-std=c++17", "-w", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]  # that forbids _longjmp
+        hooks = ["-fsanitize=thread,bounds,alignment", "--param", "tsan-instrument-func-entry-exit=0"] if check else []
+        self.path = f"{stem}.so"
+        with self.lock:
+            if not machine.exists():
+                header.write_text(SIMT)
+                subprocess.run([*gcc, "-O2", "-c", header, "-o", machine], check=True)
+        if not os.path.exists(self.path):
+            Path(f"{stem}.cu").write_text(self.code)
+            subprocess.run([*gcc, "-O1", *hooks, "-gdwarf-4",  # addr2line gets the files of DWARF 5 wrong
+                            f"-D__CUDA_ARCH__={arch}", f"-DSHARED={shared}", "-include", header, "-x", "c++", "-c",
+                            f"{stem}.cu", "-o", kernel], check=True)
+            subprocess.run(["g++", "-shared", "-Wl,-z,defs", machine, kernel, "-lm", "-o", self.path], check=True)
+        self.gpu = ctypes.CDLL(self.path)
+        self.gpu.simt_launch.restype = ctypes.c_char_p
+        needs = np.zeros(len(E.Needs._fields), np.int32)
+        if "needs" in self.kernels:
+            self.run("needs", (needs,), [needs], 1, 1, 0)
+        self.needs, self.shared = E.Needs(*needs.tolist()), shared
+
+    def place(self, site):
+        """Where in the source the machine found something, with the lines that it is inlined from."""
+        found = subprocess.run(["addr2line", "-ie", self.path, hex(int(site[1]))], capture_output=True, text=True,
+                               check=True)
+        lines = [int(n) for n in re.findall(r"\.cu:(\d+)", found.stdout)]
+        text = self.code.splitlines()
+        return f" (line {' from '.join(map(str, lines))}: {text[lines[0] - 1].strip()})" if lines else ""
+
+    def run(self, name, args, out, blocks, threads, shared):
+        """Call a kernel on copies of its arrays, well apart from each other; those in `out` are copied back."""
+        values, back, kept = [], [], []
+
+        def put(what, array, writable, block):
+            memory = np.full(2048 + array.nbytes, 0xCD, np.uint8)
+            at = 1024 - memory.ctypes.data % 256
+            copy = memory[at:at + array.nbytes]
+            copy[:] = array.reshape(-1).view(np.uint8)
+            kept.append(memory)
+            self.gpu.simt_region(what.encode(), ctypes.c_void_p(copy.ctypes.data), ctypes.c_size_t(copy.size), writable,
+                                 block, 4 if name == "play" and array.dtype == np.uint8 else array.itemsize)
+            return copy
+
+        for block in range(blocks):
+            put("shared memory", np.full(shared, 0xCD, np.uint8), True, block)
+        for (_, parameter), a in zip(self.kernels[name], args, strict=True):
+            if isinstance(a, np.ndarray):
+                writable = any(a is o for o in out)
+                copy = put(parameter, a, writable, -1)
+                back += [(a, copy)] * writable
+                a = np.uint64(copy.ctypes.data)
+            values.append(np.array(0 if a is None else a))
+        pointers = np.array([v.ctypes.data for v in values], np.uint64)
+        findings = self.gpu.simt_launch(getattr(self.gpu, f"simt_{name}"), ctypes.c_void_p(pointers.ctypes.data),
+                                        blocks, threads).decode()
+        assert not findings, f"{name}\n" + re.sub(r" @(\d+)", self.place, findings)
+        for a, copy in back:
+            a[...] = copy.view(a.dtype).reshape(a.shape)
+
+    def zeros(self, size):
+        """An array for the kernel alone."""
+        return np.zeros(size, np.int8)
+
+    def __call__(self, name, which, args, out):
+        """Run batches or units of a kernel."""
+        needs = self.needs
+        fast = needs.swaps + {"play": needs.fast, "update": needs.update}.get(name, 0)
+        scratch = np.full(self.blocks * max(needs.batch, needs.update), 0xCD, np.uint8)
+        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch), [*out, scratch], self.blocks,
+                 needs.threads, fast if fast <= self.shared else needs.swaps)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_cupy_keeps_to_the_options(kept, monkeypatch):
+    """CuPy's way to compile, but for asking the GPU what it is: cupy.RawModule would flush denormals to zero."""
+    compiler = pytest.importorskip("cupy.cuda.compiler")
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
+    options = E.CUDA_OPTIONS if kept else (*E.CUDA_OPTIONS, "-ftz=true")  # as RawModule does
+    try:
+        code, _ = compiler.compile_using_nvrtc(E.kernel_source(E.Config(), 1), options)
+    except Exception as e:
+        pytest.skip(f"no NVRTC library: {e}")
+    assert (b"noftz" in code) == kept  # the compiler's own division, named in the machine code
+
+
+emulating = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
+needs_gcc = pytest.mark.skipif(not emulating, reason="the interpreter needs Linux on x86-64 and g++")
+
+
+FAULTS = {  # what a kernel does wrong, and what the interpreter must say
+    "nothing": ("x[t] = t; __syncthreads(); y[t] = x[63 - t];", None),
+    "no barrier": ("x[t] = t; y[t] = x[63 - t];", "race"),
+    "a barrier of the warp only": ("x[t] = t; __syncwarp(); y[t] = x[63 - t];", "race"),
+    "no barrier within a warp": ("x[t] = t; y[t] = x[t ^ 1];", "race"),
+    "a barrier of the warp for a warp": ("x[t] = t; __syncwarp(); y[t] = x[t ^ 1];", None),
+    "blocks that share": ("if (t == 0) y[0] = blockIdx.x;", "race"),
+    "atomic blocks that share": ("if (t == 0) atomicAdd(&y[0], 1);", None),
+    "past the end": ("y[t + 1] = 0;", "out of bounds"),
+    "before the start": ("y[t] = y[-1 - (int)t];", "out of bounds"),
+    "past the end of shared memory": ("if (t == 9) x[64] = 1;", "out of bounds"),
+    "a barrier for some": ("if (t < 40) __syncthreads();", "deadlock"),
+    "a shuffle for some": ("if (t != 3) y[t] = __shfl_xor_sync(~0u, t, 1);", "deadlock"),
+    "misaligned": ("if (t == 0) *(int4 *)(x + 1) = make_int4(1, 2, 3, 4);", "misaligned"),
+}
+
+
+@pytest.fixture(scope="session")
+def faulty():
+    """All of them, built at once."""
+    return Simt("\n".join(f"""extern "C" __global__ void fault_{i}(int *y) {{
+      extern __shared__ int x[];
+      const unsigned t = threadIdx.x;
+      {body}\n}}""" for i, (body, _) in enumerate(FAULTS.values())))
+
+
+@needs_gcc
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_interpreter_sees(fault, faulty):
+    y, said, name = np.zeros(64, np.int32), FAULTS[fault][1], f"fault_{[*FAULTS].index(fault)}"
+    with pytest.raises(AssertionError, match=said) if said else contextlib.nullcontext():
+        faulty.run(name, (y,), [y], 2 if "blocks" in fault else 1, 64, 256)
+
+
+@needs_gcc
+def test_the_interpreter_multiplies_as_the_manual_says():
+    """The layout of mma.sync's fragments: PTX manual, "Matrix Fragments for mma.m16n8k32"."""
+    source = """extern "C" __global__ void go(const int *a, const int *b, int *c) {
+      const int g = threadIdx.x / 4, j = threadIdx.x % 4;
+      int d[4] = {};
+      MMA(d, a[g * 8 + j], a[(g + 8) * 8 + j], a[g * 8 + j + 4], a[(g + 8) * 8 + j + 4],
+          b[g * 8 + j], b[g * 8 + j + 4]);
+      for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * j + i % 2] = d[i];
+    }"""
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (8, 32)), np.zeros((16, 8), np.int32)
+    args = a.astype(np.int8), b.astype(np.int8), c
+    Simt(source).run("go", args, [c], 1, 32, 0)
+    np.testing.assert_array_equal(c, a @ b.T)
+
+
+EMULATED = [(POOL[0], 3, 750, 232448), (POOL[1], 1, 800, 12000), (POOL[2], 2, 800, 232448), (POOL[3], 1, 800, 232448)]
+
+
+def emulate(cfg, rank, arch, shared):
+    """Assert that the kernel on an emulated GPU equals numpy."""
+    backend = E.KernelBackend(cfg, rank, "cuda", lambda source: Simt(source, arch, shared=shared))
+    rng = np.random.default_rng(time.time_ns() if HUNT else 0)
+    for T, runs in ((1, 1), (3, 65), *rng.integers(1, (6, 71), (20 * HUNT, 2)).tolist()):
+        assert_equals_numpy(backend, int(rng.integers(2**32)), T, runs, 1.5)
+
+
+@needs_gcc
+@pytest.mark.parametrize("kernel", EMULATED)
+def test_cuda_branch_equals_numpy_on_an_emulated_gpu(kernel):
+    """Without a race or a stray access; with shared memory for all or for tiles alone, by MMA or by dp4a."""
+    ahead_of(emulate, *kernel)
+
+
+@needs_gcc
+def test_activations_of_width_256_fit_the_shared_memory_of_an_h100():
+    needs = Simt(E.kernel_source(E.Config(dim=256, layers=6, head_size=64), 1), check=False).needs
+    assert needs.swaps + max(needs.fast, needs.update) <= SHARED[90]
+    assert 132 * max(needs.batch, needs.update) < 4 * 2**30  # all that a launch needs, whatever the population
+
+
+class FakeCupy:
+    """As much of CuPy as nano_eggroll uses, on the emulated GPU; `trouble` is raised when a kernel is launched,
+    `gpus`, unless it is how many there are, when they are counted."""
+
+    def __init__(self, trouble=None, gpus=1):
+        simt = {}
+
+        def count():
+            if gpus == 1:
+                return 1
+            raise gpus
+
+        class Array:
+            def __init__(self, a):
+                self.a = a
+
+            def get(self):
+                return self.a.copy()
+
+        class Function:
+            def __init__(self, gpu, name):
+                self.gpu, self.name, self.ptr, self.most = gpu, name, self, 49152
+
+            def __call__(self, grid, block, args, shared_mem=0):
+                if trouble:
+                    raise trouble
+                assert shared_mem <= self.most
+                args = [a.a if isinstance(a, Array) else a for a in args]
+                arrays = [a for a in args if isinstance(a, np.ndarray)]
+                self.gpu.run(self.name, args, arrays, grid[0], block[0], shared_mem)
+
+        class Module:
+            def load(self, cubin):
+                self.gpu = simt[cubin]
+
+            def get_function(self, name):
+                return Function(self.gpu, name)
+
+        def compile_using_nvrtc(source, options):
+            assert options[:-1] == E.CUDA_OPTIONS
+            if source not in simt:
+                simt[source] = Simt(source)
+            return source, None
+
+        def set_attribute(function, attribute, value):
+            assert attribute == "shared"
+            function.most = value
+
+        self.asarray = lambda a: a if isinstance(a, Array) else Array(np.array(a))
+        self.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
+        self.empty = lambda shape, dtype: Array(np.full(shape, 0xCD, dtype))
+        device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2},
+                                 use=lambda: None)
+        self.cuda = SimpleNamespace(
+            Device=lambda i=0: device,
+            compiler=SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc),
+            function=SimpleNamespace(Module=Module),
+            driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1,
+                                   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+                                   funcSetAttribute=set_attribute),
+            runtime=SimpleNamespace(getDeviceCount=count,
+                                    memGetInfo=lambda: (2**30, 2**30)))
+
+
+@needs_gcc
+def test_a_run_on_an_emulated_gpu_ends_with_the_hash_of_numpy(tmp_path, monkeypatch, capsys):
+    """Through CuPy's interface, with no flag, as where there is a GPU."""
+    args = ["--dim", "8", "--head-size", "4", "--population", "8", "--tokens", "9", "--steps", "3", "--data",
+            str(tmp_path / "text")]
+    (tmp_path / "text").write_bytes(b"to be or not to be " * 20)
+    assert E.main([*args, "--backend", "numpy", "--out", str(tmp_path / "numpy")]) == 0
+    numpy = capsys.readouterr().out.splitlines()
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
+    monkeypatch.setattr(E.TextTask, "sample", lambda *_: None)  # 400 tokens, one after the other
+    assert E.main([*args, "--out", str(tmp_path / "cuda")]) == 0
+    cuda = capsys.readouterr().out.splitlines()
+    assert any("backend cuda" in line for line in cuda)
+    assert cuda[-2:] == numpy[-2:]
+    one, two = (E.load_model(tmp_path / b / "model.npz") for b in ("numpy", "cuda"))
+    np.testing.assert_array_equal(one.residual, two.residual)
+
+
+TROUBLES = {
+    "no GPU": ({"gpus": RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")}, "no CUDA-capable"),
+    "no memory": ({"trouble": RuntimeError("cudaErrorMemoryAllocation: out of memory")}, "out of memory"),
+    "no NVRTC": ({"trouble": RuntimeError("libnvrtc.so.12 cannot be opened\nor so")}, "libnvrtc.so.12"),
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("name", TROUBLES)
+def test_trouble_with_a_gpu_is_one_line_and_falls_back(name, tmp_path, monkeypatch, capsys):
+    settings, said = TROUBLES[name]
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(**settings))
+    monkeypatch.setattr(shutil, "which", lambda program, which=shutil.which: program == "nvidia-smi" or which(program))
+    cfg = E.Config(dim=4, layers=1, head_size=2, vocab=5)
+    with pytest.raises(E.UserError, match=said):
+        E.make_backend("cuda", cfg, 1)
+    assert E.main(["--backend", "cuda", "--vocab", "bytes", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert E.make_backend(None, cfg, 1).name in ("c", "numpy")
+    err = capsys.readouterr().err.splitlines()
+    assert said in err[0]
+    assert "going on with c" in err[0]
+
+
+
+needs_arm = pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc") or not shutil.which("qemu-aarch64"),
+                               reason="needs aarch64-linux-gnu-gcc and qemu-aarch64 (gcc-aarch64-linux-gnu, qemu-user)")
+
+
+ARM = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+struct { char *data; long size; } f[32];          // argument i is in the file "i", an array that is empty is NULL
+FILE *file(int i, const char *how) { char name[9]; sprintf(name, "%d", i); return fopen(name, how); }
+void get(int i) {
+  FILE *s = file(i, "rb");
+  fseek(s, 0, SEEK_END);
+  f[i].size = ftell(s);
+  f[i].data = f[i].size ? aligned_alloc(64, (f[i].size + 63) / 64 * 64) : 0;
+  rewind(s);
+  if (fread(f[i].data, 1, f[i].size, s) != f[i].size) exit(1);
+  fclose(s);
+}
+void put(int i) {
+  FILE *s = file(i, "wb");
+  if (fwrite(f[i].data, 1, f[i].size, s) != f[i].size || fclose(s)) exit(1);
+}
+int main(int argc, char **argv) {
+  int n = 0;
+"""
+
+
+class Arm:
+    """A launcher on an emulated ARM: a program that calls kernels with arguments from files, and writes arrays back."""
+
+    def __init__(self, source, folder, flags):
+        self.kernels = {name: [kind for kind, _ in re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters)]
+                        for name, parameters in re.findall(r"KERNEL (\w+)\(([^)]*)\)", source)}
+        code = source + ARM
+        for name, kinds in self.kernels.items():
+            values = ", ".join(f"f[{i}].data" if "*" in kind else f"*({kind} *)f[{i}].data"
+                               for i, kind in enumerate(kinds))
+            code += f'  if (!strcmp(argv[1], "{name}")) {{ for (; n < {len(kinds)}; n++) get(n); {name}({values}); }}\n'
+        code += "  for (int i = 0; i < n; i++) put(i);\n}"
+        self.folder = folder / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
+        self.folder.mkdir(exist_ok=True)
+        subprocess.run(["aarch64-linux-gnu-gcc", "-x", "c", *flags.split(), "-O2", "-static", "-ffp-contract=off", "-w",
+                        "-fno-strict-aliasing", "-", "-lm", "-o", self.folder / "kernel"], input=code, text=True,
+                       check=True)
+        needs = np.zeros(len(E.Needs._fields), np.int32)
+        self.run("needs", (needs,), [needs])
+        self.needs = E.Needs(*needs.tolist())
+
+    def run(self, name, args, out):
+        """Call a kernel."""
+        for i, a in enumerate(args):
+            (self.folder / str(i)).write_bytes(b"" if a is None else np.asarray(a).tobytes())
+        subprocess.run(["qemu-aarch64", "./kernel", name], cwd=self.folder, check=True)
+        for i, a in enumerate(args):
+            if a is not None and any(a is o for o in out):
+                a[...] = np.frombuffer((self.folder / str(i)).read_bytes(), a.dtype).reshape(a.shape)
+
+    def zeros(self, size):
+        """An array for the kernel alone."""
+        return np.zeros(size, np.int8)
+
+    def __call__(self, name, which, args, out):
+        """Run batches or units of a kernel."""
+        scratch = np.zeros(max(self.needs.batch, self.needs.update), np.uint8)
+        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch), out)
+
+
+@needs_arm
+@pytest.mark.parametrize("flags", ["-march=armv8-a", "-march=armv8.2-a+dotprod"])
+def test_arm_equals_numpy(flags, tmp_path):
+    backend = E.KernelBackend(POOL[1], 2, "c", lambda source: Arm(source, tmp_path, flags))
+    assert_equals_numpy(backend, 5, 19, 21, 1.5)
