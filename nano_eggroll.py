@@ -1966,7 +1966,7 @@ class Team:
     """The processes of an MPI job that train one model, or this one alone. It stands in for the backend.
 
     In a step each scores an equal share of the members, and all scores go around (4 bytes a member). Each makes a share
-    of the update, and the moves are added up (a byte a weight). Residuals stay where they are made until `complete`.
+    of the update, and the moves are added up (a byte a weight). Residuals stay where they are made, until a checkpoint.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -2010,7 +2010,7 @@ class Team:
         self.backend.update(model, f, seed, step, gain, self.units)
         model.q[:] = self.merge(before, model.q)
 
-    def complete(self, model: Model) -> None:
+    def gather_residuals(self, model: Model) -> None:
         """Give all residuals to all."""
         model.residual[:] = self.residual = self.merge(self.residual, model.residual)
 
@@ -2205,7 +2205,7 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
     began = time.monotonic()
 
     def save() -> float:
-        team.complete(model)
+        team.gather_residuals(model)
         if not team.index:
             with open(out / "scores.bin", "ab") as file:
                 end = (model.step - len(scores)) * s.population // 2  # of the last checkpoint's; what came later is cut

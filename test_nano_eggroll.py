@@ -1956,7 +1956,6 @@ inline int __dp4a(int a, int b, int c) {
 #define __CUDACC__
 #define __device__
 #define __global__
-#define __ldg(p) (*(p))
 #define __shared__                                // the driver makes the array a pointer to the block's memory
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -1967,19 +1966,13 @@ inline int __dp4a(int a, int b, int c) {
 #endif
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) int2 { int x, y; };
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 int atomicAdd(int *p, int x);
 void __syncthreads();
 void __syncwarp(unsigned mask = ~0u);
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
-int simt_shuffle(unsigned mask, int bits, int lane);
 int __all_sync(unsigned mask, int x);
-template <class T> T __shfl_sync(unsigned mask, T x, int lane) {
-  return __builtin_bit_cast(T, simt_shuffle(mask, __builtin_bit_cast(int, x), lane));
-}
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits) { return __shfl_sync(mask, x, threadIdx.x ^ bits); }
 
 #else
 #include <deque>
@@ -2154,9 +2147,6 @@ static Given &exchange(unsigned mask, const int *mine, int n, const char *where,
 
 void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
 void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
-int simt_shuffle(unsigned mask, int bits, int lane) {
-  return exchange(mask, &bits, 1, "a shuffle", false, SITE)[lane & 31][0];
-}
 int __all_sync(unsigned mask, int x) {
   Given &given = exchange(mask, &x, 1, "a vote", false, SITE);
   for (int lane = 0; lane < 32; lane++) if (!given[lane][0]) return 0;
@@ -2329,8 +2319,8 @@ FAULTS = {  # what a kernel does wrong, and what the interpreter must say
     "before the start": ("y[t] = y[-1 - (int)t];", "out of bounds"),
     "past the end of shared memory": ("if (t == 9) x[64] = 1;", "out of bounds"),
     "a barrier for some": ("if (t < 40) __syncthreads();", "deadlock"),
-    "a shuffle for some": ("if (t != 3) y[t] = __shfl_xor_sync(~0u, t, 1);", "deadlock"),
-    "misaligned": ("if (t == 0) *(int4 *)(x + 1) = make_int4(1, 2, 3, 4);", "misaligned"),
+    "a vote of some": ("if (t != 3) y[t] = __all_sync(~0u, t);", "deadlock"),
+    "misaligned": ("if (t == 0) *(int4 *)(x + 1) = {1, 2, 3, 4};", "misaligned"),
 }
 
 
