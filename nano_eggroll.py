@@ -1901,17 +1901,21 @@ def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
     return Vocab(tokens, merges)
 
 
-def yardsticks(text: bytes, val_text: bytes) -> dict[str, float]:
-    """What simple models reach on this text, bits/byte of the validation part (counts are from the training part)."""
-    train, val = np.frombuffer(text, np.uint8), np.frombuffer(val_text, np.uint8)
-    counts = np.bincount(train[:-1] * np.int64(256) + train[1:], minlength=2**16).reshape(256, 256)
-    seen = max(1, (counts.sum(0) > 0).sum())
+def yardsticks(vocab: Vocab, text: bytes, val_text: bytes) -> dict[str, float]:
+    """Bits/byte of the validation text by tables of single tokens and of pairs, counted in the other, and by gzip."""
+    train, val = (vocab.encode(t).astype(np.int64) for t in (text, val_text))
+    seen = len(np.unique(train))
 
-    def bits(count: np.ndarray, total: np.ndarray) -> float:
-        return float(-np.log2((count + 0.5) / (total + 0.5 * seen)).mean())  # add half, over the bytes that occur
+    def bits(counted: np.ndarray, asked: np.ndarray, total: np.ndarray) -> float:
+        known, count = np.unique(counted, return_counts=True)
+        at = np.searchsorted(known, asked).clip(max=len(known) - 1)
+        found = np.where(known[at] == asked, count[at], 0)
+        return float(-np.log2((found + 0.5) / (total + 0.5 * seen)).sum()) / len(val_text)  # "add half"
 
-    return {"uniform": 8.0, "unigram": bits(counts.sum(0)[val[1:]], counts.sum()),
-            "bigram": bits(counts[val[:-1], val[1:]], counts.sum(1)[val[:-1]]),
+    context = np.bincount(train[:-1], minlength=2**16)[val[:-1]]
+    return {"uniform": math.log2(len(vocab.tokens)) * len(val) / len(val_text),
+            "unigram": bits(train, val[1:], np.array(len(train))),
+            "bigram": bits(train[:-1] << 16 | train[1:], val[:-1] << 16 | val[1:], context),
             "gzip -9": 8 * len(gzip.compress(text + val_text, 9)) / len(text + val_text)}
 
 
@@ -2085,7 +2089,7 @@ class TextTask:
             note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
         if not s.eval:
             known = {} if s.data or s.valid else {"true entropy": float(DATA.with_suffix(".entropy").read_text())}
-            marks = yardsticks(text, val_text) | known
+            marks = yardsticks(vocab, text, val_text) | known
             print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
         self.vocab, self.tokens, self.seed, self.val = vocab, s.tokens, s.seed, val
         self.fitness = predict(train, s.tokens)

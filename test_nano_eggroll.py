@@ -840,9 +840,23 @@ def test_a_sample_shows_whole_characters_and_nothing_that_changes_a_terminal():
 
 
 def test_yardsticks_know_what_is_known():
-    found = E.yardsticks(b"ab" * 5000, b"ab" * 500)
+    found = E.yardsticks(E.Vocab(), b"ab" * 5000, b"ab" * 500)
+    assert found["uniform"] == 8
     assert abs(found["unigram"] - 1) < 0.01 > found["bigram"]
     assert 0.1 > found["gzip -9"]
+
+
+@given(st.lists(WORDS, min_size=9, max_size=60).map(b"".join), st.lists(WORDS, min_size=2, max_size=60).map(b"".join))
+def test_yardsticks_are_those_of_counts_of_tokens(text, val_text):
+    vocab = E.learn_vocab(text, val_text, 20)
+    train, val = (vocab.encode(t).tolist() for t in (text, val_text))
+    singles, pairs, contexts = Counter(train), Counter(itertools.pairwise(train)), Counter(train[:-1])
+    half = len(singles) / 2
+    unigram = sum(math.log2((singles[b] + 0.5) / (len(train) + half)) for b in val[1:])
+    bigram = sum(math.log2((pairs[a, b] + 0.5) / (contexts[a] + half)) for a, b in itertools.pairwise(val))
+    found = E.yardsticks(vocab, text, val_text)
+    assert abs(found["unigram"] * len(val_text) + unigram) < 1e-6
+    assert abs(found["bigram"] * len(val_text) + bigram) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1417,8 +1431,8 @@ def test_a_process_that_differs_or_fails_ends_the_job_with_its_name(name, prose,
     if "text" in name:  # of the same name, on another machine
         source = source.replace(read, f"{read[:-1]} + b'x' * (mpi().rank == 2))")
     (tmp_path / "odd.py").write_text(source)
-    args = [tmp_path / "odd.py", *QUICK, "--tokens", "5", "--steps", "20", "--backend", "numpy", "--data", prose, "--out",
-            tmp_path / "run"]
+    args = [tmp_path / "odd.py", *QUICK, "--tokens", "5", "--steps", "20", "--backend", "numpy", "--data", prose,
+            "--out", tmp_path / "run"]
     code, _, err = mpiexec((2, args), (1, [*args, *more]))
     assert code not in (0, None)
     assert said in err or (said == "signal 9" and "KILLED" in err)
@@ -1565,7 +1579,9 @@ def test_scripts_explain_mistakes_in_one_line(command, named, files, capsys):
 ])
 def test_pictures_show_the_columns_of_the_log(command, lines, files, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(E, "yardsticks", lambda text, val_text: {"uniform": 8.0, "bigram": 3.0})
+    E.save_model(E.new_model(E.Config(), 0), Path("bits/model.npz"))
+    monkeypatch.setattr(E, "vocab_of", lambda model: E.Vocab())
+    monkeypatch.setattr(E, "yardsticks", lambda *_: {"uniform": 8.0, "bigram": 3.0})
     script("plot", *command.split())
     picture = Path("bits/curve.png").read_bytes()
     assert [int.from_bytes(picture[at:at + 4], "big") for at in (16, 20)] == [1800, 1100]
@@ -1903,7 +1919,7 @@ def test_tokens_come_from_the_vocabulary(tmp_path, monkeypatch, capsys):
 SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may have
 
 
-GPUS = [*itertools.product(SHARED, [(256, 6, 64, 1)]), (75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3))]
+GPUS = [*((arch, (256, 6, 64, 1)) for arch in SHARED), (75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3))]
 
 
 def by_nvrtc(arch, shape):
