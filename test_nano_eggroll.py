@@ -1919,7 +1919,8 @@ def test_tokens_come_from_the_vocabulary(tmp_path, monkeypatch, capsys):
 SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may have
 
 
-GPUS = [*((arch, (256, 6, 64, 1)) for arch in SHARED), (75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3))]
+GPUS = [(75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3)),  # sm, and D, L, N, rank
+        *((arch, (256, 6, 64, 1)) for arch in SHARED)]
 
 
 def by_nvrtc(arch, shape):
