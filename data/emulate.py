@@ -459,13 +459,16 @@ def main() -> None:
 
     cfg, es = E.Config(dim=16, layers=2, head_size=8, vocab=50), E.ES(population=40, tokens=5, steps=3, rank=2)
     text, hashes = (E.mix(np.arange(1000)) % cfg.vocab).astype(np.uint16), []
-    for backend in E.NumpyBackend(cfg, es.rank), E.KernelBackend(cfg, es.rank, machine, build):
-        model = E.new_model(cfg, 0)
-        E.evolve(model, E.predict(text, es.tokens), es, backend)
-        hashes.append(model.sha256())
-        print(f"{backend.name:20} weights sha256 {hashes[-1]}")
-    if hashes[0] != hashes[1]:
-        parser.error(f"{machine} does not compute what numpy does: look at what was changed in KERNEL")
+    try:
+        for backend in E.NumpyBackend(cfg, es.rank), E.KernelBackend(cfg, es.rank, machine, build):
+            model = E.new_model(cfg, 0)
+            E.evolve(model, E.predict(text, es.tokens), es, backend)
+            hashes.append(model.sha256())
+            print(f"{backend.name:20} weights sha256 {hashes[-1]}")
+        if hashes[0] != hashes[1]:
+            raise AssertionError("it does not compute what numpy does: look at what was changed in KERNEL")
+    except AssertionError as e:
+        parser.exit(1, f"{machine}: {e}\n")
 
 
 if __name__ == "__main__":
