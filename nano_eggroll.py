@@ -5,7 +5,7 @@
 """nano_eggroll: train an int8 RWKV-7 language model with EGGROLL, in one file, without backpropagation.
 
     python nano_eggroll.py                              train on data/tales.txt (about 3 minutes on 2 cores), then write
-    python nano_eggroll.py --data book.txt --out book   train on your own text
+    python nano_eggroll.py --data book.txt --minutes 10         train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load model.npz --task problems.jsonl --reward my.py:reward     train on rewards
 
