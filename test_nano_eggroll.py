@@ -125,8 +125,7 @@ def load_c(source, flags):
 def _work_ahead(request):
     if len(request.session.items) > 100:
         jobs = itertools.product([LOAD], itertools.product(SOURCES, NATIVE if "c" in BACKENDS else []))
-        emulated = itertools.product([emulate], EMULATED if emulating else [])
-        for work, args in (*jobs, *emulated, *itertools.product([by_nvrtc], GPUS)):
+        for work, args in (*jobs, *itertools.product([by_nvrtc], GPUS)):
             begun[work, args] = ahead.submit(work, *args)
     with mock.patch.object(E, "load_c", load_c):
         yield
@@ -1561,7 +1560,8 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("command", "named"), [
     ("countdown --out good", "good"), ("countdown --count 7", "--count 2 to 6"), ("countdown --seed x", "--seed"),
-    ("emulate --machine x", "--machine"), ("gsm8k nowhere", "nowhere"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
+    ("emulate --machine x", "--machine"),
+    ("gsm8k nowhere", "nowhere"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
     ("gsm8k good --out bad", "bad"), ("plot nowhere", "nowhere"), ("plot new", "no rows"), ("plot cut", "cut"),
     ("plot bits sums", "apart"), ("plot sums --data bad", "--data"), ("plot bits --out no/a.png", "plot: "),
 ])
@@ -1913,38 +1913,39 @@ def test_tokens_come_from_the_vocabulary(tmp_path, monkeypatch, capsys):
 # CUDA
 
 
-SHARED = {75: 65536, 80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may have
+H100 = M.H100
+GPUS = [(75, 65536, (256, 6, 16, 1)), (80, 166912, (64, 2, 64, 2)), (90, H100, (256, 6, 64, 1)),
+        (100, H100, (30, 1, 15, 3))]  # its architecture, its shared memory, a kernel's shape
+ROOM = f"""
+static_assert(SWAPS + sizeof(Fast) <= {H100} && SWAPS + sizeof(Update) <= {H100}, "activations are fast on an H100");
+static_assert(132 * sizeof(Batch) < 1ll << 32, "a launch needs less than 4 GiB, whatever the population");
+"""
 
 
-GPUS = [(75, (256, 6, 16, 1)), (80, (64, 2, 64, 2)), (90, (30, 1, 15, 3)),  # sm, and D, L, N, rank
-        *((arch, (256, 6, 64, 1)) for arch in SHARED)]
+def by_nvrtc(arch, shared, shape):
+    """The PTX of a kernel and the compiler's report, by CuPy, for a GPU that need not be there."""
+    compiler = importlib.import_module("cupy.cuda.compiler")
+    of_this_gpu, (dim, layers, head_size, rank) = compiler._get_arch_for_options_for_nvrtc, shape
+    source = E.kernel_source(E.Config(dim=dim, layers=layers, head_size=head_size), rank) + ROOM
+    with mock.patch.object(compiler, "_get_arch_for_options_for_nvrtc",
+                           lambda arch=None: (f"-arch=sm_{arch}", "ptx") if arch else of_this_gpu()):
+        report = io.StringIO()
+        options = *E.CUDA_OPTIONS, f"-DSHARED={shared}", "--ptxas-options=-v"
+        ptx, _ = compiler.compile_using_nvrtc(source, options, arch, log_stream=report)
+    return ptx.decode(), report.getvalue()
 
 
-def by_nvrtc(arch, shape):
-    """The PTX of a kernel and the compiler's report, for a GPU that need not be there; raises RuntimeError."""
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-    dim, layers, head_size, rank = shape
-    source = E.kernel_source(E.Config(dim=dim, layers=layers, head_size=head_size), rank)
-    options = f"-DSHARED={SHARED[arch]}", "--ptxas-options=-v", f"--gpu-architecture=sm_{arch}"
-    program = nvrtc.createProgram(source, "kernel.cu", (), ())
+@pytest.mark.parametrize(("arch", "shared", "shape"), GPUS)
+def test_cuda_source_compiles_without_spills(arch, shared, shape):
+    """CuPy keeps to the options, and the compiler's report says that no register of a hot function is spilled."""
     try:
-        nvrtc.compileProgram(program, (*E.CUDA_OPTIONS, *options))
-    except nvrtc.NVRTCError:
-        raise AssertionError(nvrtc.getProgramLog(program)) from None
-    return nvrtc.getPTX(program), nvrtc.getProgramLog(program)
-
-
-@pytest.mark.parametrize(("arch", "shape"), GPUS)
-def test_cuda_source_compiles_without_spills(arch, shape):
-    """The compiler's report says that no register of a hot function is spilled."""
-    try:
-        ptx, report = ahead_of(by_nvrtc, arch, shape)
+        ptx, report = ahead_of(by_nvrtc, arch, shared, shape)
     except (ImportError, RuntimeError) as e:
         pytest.skip(f"no NVRTC library: {e}")
-    assert b"fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
-    assert b".ftz" not in ptx  # and denormals are kept
-    assert (b"mma.sync.aligned.m16n8k32" in ptx) == (arch >= 80)
-    assert b"dp4a" in ptx
+    assert "fma.rn.f32" not in ptx  # numpy has no fused multiply-add, so neither may the kernel
+    assert ".ftz" not in ptx  # and denormals are kept
+    assert ("mma.sync.aligned.m16n8k32" in ptx) == (arch >= 80)
+    assert "dp4a" in ptx
     spills = dict(re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report))
     hot = ("matmul", "quantise", "recurrence", "layer_norm", "vectors", "loss", "choose")
     found = [name for name in spills if any(part in name for part in hot)]
@@ -1953,90 +1954,91 @@ def test_cuda_source_compiles_without_spills(arch, shape):
     assert max(int(n) for n in spills.values()) <= 512  # kept across calls of these functions by the others
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_cupy_keeps_to_the_options(kept, monkeypatch):
-    """CuPy's way to compile, but for asking the GPU what it is: cupy.RawModule would flush denormals to zero."""
-    compiler = pytest.importorskip("cupy.cuda.compiler")
-    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
-    options = *E.CUDA_OPTIONS, "-DSHARED=232448", *["-ftz=true"] * (not kept)  # as RawModule does
-    try:
-        code, _ = compiler.compile_using_nvrtc(E.kernel_source(E.Config(), 1), options)
-    except RuntimeError as e:
-        pytest.skip(f"no NVRTC library: {e}")
-    assert (b"noftz" in code) == kept  # the compiler's own division, named in the machine code
-
-
-emulating = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
-needs_gcc = pytest.mark.skipif(not emulating, reason="the interpreter needs Linux on x86-64 and g++")
-
-
+needs_gcc = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++") or platform.machine() != "x86_64",
+                               reason="the interpreter needs Linux on x86-64 and g++")
 FAULTS = {  # what a kernel does wrong, and what the interpreter must say
     "nothing": ("x[t] = t; __syncthreads(); y[t] = x[63 - t];", None),
     "no barrier": ("x[t] = t; y[t] = x[63 - t];", "race"),
     "a barrier of the warp only": ("x[t] = t; __syncwarp(); y[t] = x[63 - t];", "race"),
     "no barrier within a warp": ("x[t] = t; y[t] = x[t ^ 1];", "race"),
     "a barrier of the warp for a warp": ("x[t] = t; __syncwarp(); y[t] = x[t ^ 1];", None),
+    "a vote is no barrier": ("x[t] = t; __all_sync(~0u, 1); y[t] = x[t ^ 1];", "race"),
     "blocks that share": ("if (t == 0) y[0] = blockIdx.x;", "race"),
     "atomic blocks that share": ("if (t == 0) atomicAdd(&y[0], 1);", None),
     "past the end": ("y[t + 1] = 0;", "out of bounds"),
-    "before the start": ("y[t] = y[-1 - (int)t];", "out of bounds"),
     "past the end of shared memory": ("if (t == 9) x[64] = 1;", "out of bounds"),
+    "past the end of a member": ("struct S { int a[9], b[9]; } *s = (S *)x; y[t] = s->a[t];", "index out of bounds"),
     "a barrier for some": ("if (t < 40) __syncthreads();", "deadlock"),
-    "a vote of some": ("if (t != 3) y[t] = __all_sync(~0u, t);", "deadlock"),
-    "misaligned": ("if (t == 0) *(int4 *)(x + 1) = {1, 2, 3, 4};", "misaligned"),
+    "a vote for some": ("if (t == 3) __syncwarp(); else __all_sync(~0u, 1);", "divergence"),
+    "misaligned": ("if (t == 0) *(int2 *)(x + 1) = int2();", "misaligned"),
 }
-
-
-@pytest.fixture(scope="session")
-def faulty():
-    """All of them, built at once."""
-    return M.Simt("\n".join(f"""extern "C" __global__ void fault_{i}(int *y) {{
-      extern __shared__ int x[];
-      const unsigned t = threadIdx.x;
-      {body}\n}}""" for i, (body, _) in enumerate(FAULTS.values())))
+FAULTY = '#define KERNEL extern "C" __global__ void\nextern __shared__ int shared_memory[];\n' + "".join(
+    f"KERNEL fault_{i}(int *y) {{\n  const unsigned t = threadIdx.x;\n  int *x = shared_memory;\n{body}\n}}\n"
+    for i, (body, _) in enumerate(FAULTS.values()))
 
 
 @needs_gcc
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_interpreter_sees(fault, faulty):
-    y, said, name = np.zeros(64, np.int32), FAULTS[fault][1], f"fault_{[*FAULTS].index(fault)}"
-    with pytest.raises(AssertionError, match=said) if said else contextlib.nullcontext():
-        faulty.run(name, (y,), [y], 2 if "blocks" in fault else 1, 64, 256)
+def test_the_interpreter_sees(fault):
+    body, said = FAULTS[fault]
+    kernel = M.Kernel(M.Simt(FAULTY), f"fault_{[*FAULTS].index(fault)}")
+    expected = pytest.raises(M.Fault, match=f"(?s){said}.*{re.escape(body)}")
+    with expected if said else contextlib.nullcontext():
+        kernel((2 if "blocks" in fault else 1,), (64,), (M.Array(np.zeros(64, np.int32)),), 256)
 
 
 @needs_gcc
-def test_the_interpreter_multiplies_as_the_manual_says():
-    """The layout of mma.sync's fragments: PTX manual, "Matrix Fragments for mma.m16n8k32"."""
-    source = """extern "C" __global__ void go(const int *a, const int *b, int *c) {
-      const int g = threadIdx.x / 4, j = threadIdx.x % 4;
-      int d[4] = {};
-      MMA(d, a[g * 8 + j], a[(g + 8) * 8 + j], a[g * 8 + j + 4], a[(g + 8) * 8 + j + 4],
-          b[g * 8 + j], b[g * 8 + j + 4]);
-      for (int i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + 2 * j + i % 2] = d[i];
-    }"""
-    rng = np.random.default_rng(0)
-    a, b, c = rng.integers(-128, 128, (16, 32)), rng.integers(-128, 128, (8, 32)), np.zeros((16, 8), np.int32)
-    args = a.astype(np.int8), b.astype(np.int8), c
-    M.Simt(source).run("go", args, [c], 1, 32, 0)
-    np.testing.assert_array_equal(c, a @ b.T)
-
-
-EMULATED = [(POOL[0], 3, 750, 232448), (POOL[1], 1, 800, 12000), (POOL[2], 2, 800, 232448), (POOL[3], 1, 800, 232448)]
-
-
-def emulate(cfg, rank, arch, shared):
-    """Assert that the kernel on an emulated GPU equals numpy."""
-    backend = E.KernelBackend(cfg, rank, "cuda", lambda source: M.Simt(source, arch, shared=shared))
-    rng = np.random.default_rng(time.time_ns() if HUNT else 0)
-    for T, runs in ((1, 1), (3, 65), *rng.integers(1, (6, 71), (20 * HUNT, 2)).tolist()):
-        assert_equals_numpy(backend, int(rng.integers(2**32)), T, runs, 1.5)
-
-
-@needs_gcc
-@pytest.mark.parametrize("kernel", EMULATED)
-def test_cuda_branch_equals_numpy_on_an_emulated_gpu(kernel):
+@pytest.mark.parametrize(("cfg", "rank", "runs", "arch", "room"), [
+    (POOL[0], 2, 65, 750, H100), (POOL[0], 1, 65, 800, 12000), (POOL[3], 1, 33, 800, H100)])
+@given(SEEDS, st.integers(3, 5))
+@examples(1)
+def test_cuda_branch_equals_numpy_on_an_emulated_gpu(cfg, rank, runs, arch, room, seed, T):
     """Without a race or a stray access; with shared memory for all or for tiles alone, by MMA or by dp4a."""
-    ahead_of(emulate, *kernel)
+    with mock.patch.dict(sys.modules, cupy=M.fake_cupy(arch, room)):
+        backend = E.KernelBackend(cfg, rank, "cuda", E.CudaLauncher)
+    assert_equals_numpy(backend, seed, T, runs, 1.5)
+
+
+@needs_gcc
+def test_a_run_on_an_emulated_gpu_ends_with_the_hash_of_numpy(monkeypatch):
+    """With no backend named, as where there is a GPU."""
+    monkeypatch.setitem(sys.modules, "cupy", M.fake_cupy(750))
+    found, es = [], E.ES(population=70, tokens=4, steps=3, rank=2)
+    for backend in E.NumpyBackend(POOL[0], 2), E.default_backend(POOL[0], 2):
+        model = E.new_model(POOL[0], 3)
+        E.evolve(model, E.predict(random_text(POOL[0]), 4), es, backend)
+        found.append((model.sha256(), model.residual.tobytes()))
+    assert backend.name == "cuda"
+    assert found[0] == found[1]
+
+
+TROUBLES = {"cuda.runtime.getDeviceCount": "cudaErrorNoDevice: no CUDA-capable device is detected",
+            "cuda.compiler.compile_using_nvrtc": "libnvrtc.so.12 cannot be opened\nor so",
+            "zeros": "cudaErrorMemoryAllocation: out of memory"}
+
+
+@needs_c
+@pytest.mark.parametrize("where", TROUBLES)
+def test_trouble_with_a_gpu_is_one_line_and_falls_back(where, tmp_path, monkeypatch, capsys):
+    said = TROUBLES[where].splitlines()[0]
+    cupy = M.fake_cupy()
+    cupy.configure_mock(**{where: mock.Mock(side_effect=RuntimeError(TROUBLES[where]))})
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(shutil, "which", lambda program, which=shutil.which: program == "nvidia-smi" or which(program))
+    with pytest.raises(E.UserError, match=said):
+        E.make_backend("cuda", TINY, 1)
+    assert E.main(["--backend", "cuda", "--vocab", "bytes", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert E.make_backend(None, TINY, 1).name == "c"
+    assert re.search(f"{said}.*going on with c", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc") or not shutil.which("qemu-aarch64"),
+                    reason="needs aarch64-linux-gnu-gcc and qemu-aarch64 (gcc-aarch64-linux-gnu, qemu-user)")
+@pytest.mark.parametrize("flags", ["-march=armv8-a", "-march=armv8.2-a+dotprod"])
+def test_arm_equals_numpy(flags, tmp_path):
+    backend = E.KernelBackend(POOL[1], 2, "c", lambda source: M.Arm(source, tmp_path, flags))
+    assert_equals_numpy(backend, 5, 19, 21, 1.5)
 
 
 @needs_gcc
@@ -2044,128 +2046,3 @@ def test_emulate_compares_a_run_with_numpy(capsys):
     script("emulate", "--machine", "sm_75")
     (numpy, one), (gpu, two) = (line.split(" weights ") for line in capsys.readouterr().out.splitlines())
     assert (numpy.strip(), gpu.strip(), one) == ("numpy", "sm_75", two)
-
-
-@needs_gcc
-def test_activations_of_width_256_fit_the_shared_memory_of_an_h100():
-    needs = M.Simt(E.kernel_source(E.Config(dim=256, layers=6, head_size=64), 1), check=False).needs
-    assert needs.swaps + max(needs.fast, needs.update) <= SHARED[90]
-    assert 132 * max(needs.batch, needs.update) < 4 * 2**30  # all that a launch needs, whatever the population
-
-
-class FakeCupy:
-    """As much of CuPy as nano_eggroll uses, on the emulated GPU; `trouble` is raised when a kernel is launched,
-    `gpus`, unless it is how many there are, when they are counted."""
-
-    def __init__(self, trouble=None, gpus=1):
-        simt = {}
-
-        def count():
-            if gpus == 1:
-                return 1
-            raise gpus
-
-        class Array:
-            def __init__(self, a):
-                self.a = a
-
-            def get(self):
-                return self.a.copy()
-
-        class Function:
-            def __init__(self, gpu, name):
-                self.gpu, self.name, self.ptr, self.most = gpu, name, self, 49152
-
-            def __call__(self, grid, block, args, shared_mem=0):
-                if trouble:
-                    raise trouble
-                assert shared_mem <= self.most
-                args = [a.a if isinstance(a, Array) else a for a in args]
-                arrays = [a for a in args if isinstance(a, np.ndarray)]
-                self.gpu.run(self.name, args, arrays, grid[0], block[0], shared_mem)
-
-        class Module:
-            def load(self, cubin):
-                self.gpu = simt[cubin]
-
-            def get_function(self, name):
-                return Function(self.gpu, name)
-
-        def compile_using_nvrtc(source, options):
-            assert options[:-1] == E.CUDA_OPTIONS
-            if source not in simt:
-                simt[source] = M.Simt(source)
-            return source, None
-
-        def set_attribute(function, attribute, value):
-            assert attribute == "shared"
-            function.most = value
-
-        self.asarray = lambda a: a if isinstance(a, Array) else Array(np.array(a))
-        self.zeros = lambda shape, dtype: Array(np.zeros(shape, dtype))
-        self.empty = lambda shape, dtype: Array(np.full(shape, 0xCD, dtype))
-        device = SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 232448, "MultiProcessorCount": 2},
-                                 use=lambda: None)
-        self.cuda = SimpleNamespace(
-            Device=lambda i=0: device,
-            compiler=SimpleNamespace(compile_using_nvrtc=compile_using_nvrtc),
-            function=SimpleNamespace(Module=Module),
-            driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda function, threads, shared: 1,
-                                   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
-                                   funcSetAttribute=set_attribute),
-            runtime=SimpleNamespace(getDeviceCount=count,
-                                    memGetInfo=lambda: (2**30, 2**30)))
-
-
-@needs_gcc
-def test_a_run_on_an_emulated_gpu_ends_with_the_hash_of_numpy(tmp_path, monkeypatch, capsys):
-    """Through CuPy's interface, with no flag, as where there is a GPU."""
-    args = ["--dim", "8", "--head-size", "4", "--population", "8", "--tokens", "9", "--steps", "3", "--data",
-            str(tmp_path / "text")]
-    (tmp_path / "text").write_bytes(b"to be or not to be " * 20)
-    assert E.main([*args, "--backend", "numpy", "--out", str(tmp_path / "numpy")]) == 0
-    numpy = capsys.readouterr().out.splitlines()
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
-    monkeypatch.setattr(E.TextTask, "sample", lambda *_: None)  # 400 tokens, one after the other
-    assert E.main([*args, "--out", str(tmp_path / "cuda")]) == 0
-    cuda = capsys.readouterr().out.splitlines()
-    assert any("backend cuda" in line for line in cuda)
-    assert cuda[-2:] == numpy[-2:]
-    one, two = (E.load_model(tmp_path / b / "model.npz") for b in ("numpy", "cuda"))
-    np.testing.assert_array_equal(one.residual, two.residual)
-
-
-TROUBLES = {
-    "no GPU": ({"gpus": RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")}, "no CUDA-capable"),
-    "no memory": ({"trouble": RuntimeError("cudaErrorMemoryAllocation: out of memory")}, "out of memory"),
-    "no NVRTC": ({"trouble": RuntimeError("libnvrtc.so.12 cannot be opened\nor so")}, "libnvrtc.so.12"),
-}
-
-
-@needs_gcc
-@pytest.mark.parametrize("name", TROUBLES)
-def test_trouble_with_a_gpu_is_one_line_and_falls_back(name, tmp_path, monkeypatch, capsys):
-    settings, said = TROUBLES[name]
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(**settings))
-    monkeypatch.setattr(shutil, "which", lambda program, which=shutil.which: program == "nvidia-smi" or which(program))
-    cfg = E.Config(dim=4, layers=1, head_size=2, vocab=5)
-    with pytest.raises(E.UserError, match=said):
-        E.make_backend("cuda", cfg, 1)
-    assert E.main(["--backend", "cuda", "--vocab", "bytes", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert E.make_backend(None, cfg, 1).name in ("c", "numpy")
-    err = capsys.readouterr().err.splitlines()
-    assert said in err[0]
-    assert "going on with c" in err[0]
-
-
-
-needs_arm = pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc") or not shutil.which("qemu-aarch64"),
-                               reason="needs aarch64-linux-gnu-gcc and qemu-aarch64 (gcc-aarch64-linux-gnu, qemu-user)")
-
-
-@needs_arm
-@pytest.mark.parametrize("flags", ["-march=armv8-a", "-march=armv8.2-a+dotprod"])
-def test_arm_equals_numpy(flags):
-    backend = E.KernelBackend(POOL[1], 2, "c", lambda source: M.Arm(source, flags))
-    assert_equals_numpy(backend, 5, 19, 21, 1.5)

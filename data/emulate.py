@@ -9,15 +9,16 @@ aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu and qemu-u
 
 import argparse
 import ctypes
-import hashlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -25,219 +26,167 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nano_eggroll as E
 
 MACHINES = "sm_80", "sm_75", "armv8-a", "armv8.2-a+dotprod"
-_temporary = tempfile.TemporaryDirectory()
-FOLDER = Path(_temporary.name)  # where kernels are built
+H100 = 232448  # bytes of shared memory that a block may have
+
+
+class Fault(BaseException):
+    """What a kernel does wrong; no Exception, which CudaLauncher would take for an error of CuPy's."""
+
 
 SIMT = r"""
 // Runs CUDA kernels on the CPU. A thread is a fiber, which runs until it waits for others, at __syncthreads or at a
 // collective of its warp. All blocks live at once and take turns, so what they share by mistake goes wrong.
 // With __CUDA_ARCH__, this is what a kernel sees of the GPU; g++ -fsanitize makes it call a hook before every access to
 // memory. Without, it is the machine, which runs the fibers and defines the hooks.
-#include <math.h>
-#include <string.h>
 struct Index { unsigned x; };
-extern Index threadIdx, blockIdx, blockDim, gridDim;
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += (signed char)(a >> i) * (signed char)(b >> i);
   return c;
 }
 #ifdef __CUDA_ARCH__
+#include <math.h>
 #define __CUDACC__
 #define __device__
 #define __global__
 #define __shared__                                // the driver makes the array a pointer to the block's memory
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __noinline__ __attribute__((noinline))
 #if __CUDA_ARCH__ >= 800
 #define MMA simt_mma
 #endif
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) int2 { int x, y; };
+extern const Index threadIdx, blockIdx, gridDim;
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 int atomicAdd(int *p, int x);
 void __syncthreads();
-void __syncwarp(unsigned mask = ~0u);
+void __syncwarp();
+int __all_sync(unsigned all, int x);
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
-int __all_sync(unsigned mask, int x);
 
 #else
+#include <array>
 #include <deque>
-#include <set>
-#include <setjmp.h>
+#include <memory>
 #include <string>
 #include <ucontext.h>
 #include <vector>
-using std::string, std::to_string, std::vector;
 
 enum Kind { READ, WRITE, ATOMIC };
-struct Record {                                   // the last access of one kind to a grain of memory
-  unsigned time, site;                            // time 0: there was none; site: where in the code
-  unsigned short thread : 13;                     // counted over all blocks
-  unsigned short lanes : 1, warps : 1, blocks : 1;  // so did another thread of its warp since that last met, another
-};                                                // warp of its block since that last met, another block
-struct Grain { Record last[3]; };                 // by kind
-struct Region { string name; char *start; size_t size; bool writable; int block, grain; vector<Grain> grains; };
-typedef int Given[32][6];                         // what the lanes of a warp show each other
+struct Access { struct Fiber *by; Kind kind; unsigned bytes, time, site; };  // bytes: which of a word, as bits
+struct Region { char *start; int size; std::vector<std::vector<Access>> words; };
+typedef std::array<int, 6> Given;
 struct Group {                                    // a warp or a block, whose threads wait for each other
-  vector<struct Fiber *> threads;
+  std::vector<Fiber *> threads;
   const char *where;
-  unsigned arrived, rounds, met;                  // met: the time when all last were there
-  Given given[2];                                 // in turn, as a lane may give again before others have read
+  unsigned arrived, rounds, met;                  // met: the time when all last were at a barrier
+  Given given[2][32];                             // by lanes, in turn, as one may give again before others have read
 };
-struct Fiber { unsigned id, block, site; const char *where; Group *warp, *all; char *stack; jmp_buf context; };
+struct Fiber { unsigned id, site; bool waits; Group *warp, *block; char *stack; ucontext_t context; };
 
-Index threadIdx, blockIdx, blockDim, gridDim;
-char *simt_shared;
+Index threadIdx, blockIdx, gridDim;
+char *shared_memory;
+extern "C" void call(const char *kernel, void **arguments);
 __attribute__((visibility("hidden"))) extern char __ehdr_start[], _end[];  // from the linker: this library
 static const size_t STACK = 1 << 17;
-static void (*kernel)(void **), **arguments;
-static vector<Region> regions;                    // first the shared memory of each block
-static vector<Fiber> fibers;
+static const char *kernel;
+static void **arguments;
+static unsigned block_size, now;                  // now: counts the barriers, as nothing else orders accesses
+static std::vector<Region> regions;               // first the shared memory of each block
+static std::vector<Fiber> fibers;
 static std::deque<Fiber *> ready;
 static Fiber *self;
-static unsigned now;                              // counts the meetings, as nothing else orders accesses
-static ucontext_t starting;
-static jmp_buf host;
-static string findings;
-static std::set<unsigned> found;                  // their sites
+static ucontext_t host;
+static std::string finding;
 
 #define SITE ((unsigned)((char *)__builtin_return_address(0) - __ehdr_start - 1))
-static string who(unsigned id, unsigned site) {   // the driver turns @site into a line of the source
-  return "block " + to_string(id / blockDim.x) + " thread " + to_string(id % blockDim.x) + " @" + to_string(site);
+static std::string who(const Fiber *f, unsigned site) {  // the driver turns @site into lines of the source
+  return "block " + std::to_string(f->id / block_size) + " thread " + std::to_string(f->id % block_size) +
+         " @" + std::to_string(site);
 }
-static void report(const string &text, unsigned site, bool fatal) {
-  if (found.insert(site).second) findings += text + "\n";
-  if (fatal || found.size() == 3) _longjmp(host, 1);
-}
-
-// ---- accesses to memory
-
-static Region &nearest(const char *p) {           // the region that holds p, if any does
-  Region *best = nullptr;
-  size_t least = -1;
-  for (Region &r : regions) if (least && (r.block < 0 || r.block == (int)self->block)) {
-    size_t off = p < r.start ? r.start - p : p < r.start + r.size ? 0 : p - r.start - r.size + 1;
-    if (off < least) least = off, best = &r;
-  }
-  return *best;
-}
-
-static void report(const char *what, char *p, size_t n, Kind kind, unsigned site, bool fatal, const string &more = "") {
-  static const char *const verbs[] = {" reads ", " writes ", " atomically updates "};
-  const Region &r = nearest(p);
-  report(what + who(self->id, site) + verbs[kind] + to_string(n) + " bytes at byte " + to_string(p - r.start) +
-         " of " + r.name + " (" + to_string(r.size) + " bytes)" + more, site, fatal);
-}
-
-static void report_race(char *p, size_t n, Kind kind, unsigned site, const Record &r) {
-  string others = r.lanes || r.warps || r.blocks ? ", as others" : "";
-  report("race: ", p, n, kind, site, false, ", not ordered with " + who(r.thread, r.site) + others);
-}
-
-// Whether the access, or one that its flags stand for, was another thread's with nothing since then to order it.
-static bool unordered(const Record &r) {
-  if (!r.time) return false;
-  const Fiber &other = fibers[r.thread];
-  if (r.blocks || other.block != self->block) return true;
-  if (r.time < self->all->met) return false;
-  if (r.warps || other.warp != self->warp) return true;
-  return r.time >= self->warp->met && (r.lanes || &other != self);
-}
-
-static void remember(Record &r, unsigned site) {
-  const Fiber &other = fibers[r.thread];
-  bool any = r.time, recent = any && r.time >= self->all->met;
-  r.blocks = any && (r.blocks || other.block != self->block);
-  r.warps = recent && (r.warps || other.warp != self->warp);
-  r.lanes = recent && r.time >= self->warp->met && (r.lanes || &other != self);
-  r.time = now, r.site = site, r.thread = self->id;
+static void report(const std::string &what) {
+  finding = what;
+  setcontext(&host);
 }
 
 static void access(char *p, size_t n, Kind kind, unsigned site) {
   if ((p >= self->stack && p + n <= self->stack + STACK) || (p >= __ehdr_start && p + n <= _end)) return;
-  Region &region = nearest(p);
-  if (p < region.start || p + n > region.start + region.size) report("out of bounds: ", p, n, kind, site, true);
-  if (!region.writable) {                         // nor is there a race where nobody may write
-    if (kind != READ) report("not in out: ", p, n, kind, site, false);
-    return;
+  Region *r = nullptr;
+  for (Region &i : regions) if (p >= i.start && p + n <= i.start + i.size) r = &i;
+  if (!r) report("out of bounds: " + who(self, site));
+  const size_t at = p - r->start, all = ((1 << n) - 1) << at % 4;
+  for (size_t word = 0; all >> 4 * word; word++) {
+    std::vector<Access> &last = r->words[at / 4 + word];
+    const unsigned bytes = all >> 4 * word & 15;
+    size_t kept = 0;
+    for (const Access &a : last) {
+      if (a.by->block == self->block && a.time < self->block->met) continue;  // it is before all to come, too
+      const bool ordered = a.by == self || (a.by->warp == self->warp && a.time < self->warp->met);
+      if (!ordered && a.bytes & bytes && (a.kind != kind || kind == WRITE))
+        report("race: " + who(self, site) + " and " + who(a.by, a.site));
+      if (a.by != self || a.kind != kind || a.bytes != bytes) last[kept++] = a;
+    }
+    last.resize(kept);
+    last.push_back({self, kind, bytes, now, site});
   }
-  Record race = {};
-  for (size_t i = (p - region.start) / region.grain; i <= (p + n - 1 - region.start) / region.grain; i++) {
-    Record *last = region.grains[i].last;
-    for (Kind k : {READ, ATOMIC, WRITE})
-      if (!race.time && (k != kind || k == WRITE) && unordered(last[k])) race = last[k];
-    remember(last[kind], site);
-  }
-  if (race.time) report_race(p, n, kind, site, race);
 }
 
 #define HOOKS(n) \
   extern "C" void __tsan_read##n(char *p) { access(p, n, READ, SITE); } \
   extern "C" void __tsan_write##n(char *p) { access(p, n, WRITE, SITE); }
 HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
-extern "C" void __tsan_read_range(char *p, size_t n) { access(p, n, READ, SITE); }
-extern "C" void __tsan_write_range(char *p, size_t n) { access(p, n, WRITE, SITE); }
+extern "C" void __tsan_read_range(char *p, size_t n) { while (n--) access(p++, 1, READ, SITE); }
+extern "C" void __tsan_write_range(char *p, size_t n) { while (n--) access(p++, 1, WRITE, SITE); }
 extern "C" void __tsan_init() {}
-extern "C" void __ubsan_handle_out_of_bounds(void *, long i) {
-  report("index out of bounds: " + who(self->id, SITE) + " takes element " + to_string(i), SITE, true);
-}
-extern "C" void __ubsan_handle_type_mismatch_v1(void *, char *p) { report("misaligned: ", p, 0, READ, SITE, true); }
+extern "C" void __ubsan_handle_out_of_bounds(void *, long) { report("index out of bounds: " + who(self, SITE)); }
+extern "C" void __ubsan_handle_type_mismatch_v1(void *, char *) { report("misaligned: " + who(self, SITE)); }
 int atomicAdd(int *p, int x) { access((char *)p, 4, ATOMIC, SITE); return (*p += x) - x; }
 
-// ---- threads
-
 static void go_on() {                             // with the next thread that can
-  if (ready.empty()) {
-    for (Fiber &f : fibers) if (f.where) for (Fiber &g : fibers) if (g.all == f.all && g.where != f.where)
-      report("deadlock: " + who(f.id, f.site) + " waits at " + f.where + ", " +
-             (g.where ? who(g.id, g.site) + " at " + g.where : who(g.id, 0) + " has ended"), f.site, true);
-    _longjmp(host, 1);
-  }
+  if (ready.empty()) setcontext(&host);
+  Fiber *last = self;
   self = ready.front();
   ready.pop_front();
-  threadIdx.x = self->id % blockDim.x;
-  blockIdx.x = self->block;
-  simt_shared = regions[self->block].start;
-  _longjmp(self->context, 1);
+  threadIdx.x = self->id % block_size;
+  blockIdx.x = self->id / block_size;
+  shared_memory = regions[blockIdx.x].start;
+  swapcontext(&last->context, &self->context);
 }
 
 static void live() {                              // what a fiber does
-  if (!_setjmp(self->context)) setcontext(&starting);
-  kernel(arguments);
-  self->where = nullptr;
+  call(kernel, arguments);
   go_on();
 }
 
 // Returns when all of the group are here. If that `orders` accesses, as only barriers do, those before it come before
 // those after it.
 static void meet(Group &g, const char *where, bool orders, unsigned site) {
-  if (g.arrived && strcmp(g.where, where))
-    report("divergence: " + who(self->id, site) + " is at " + where + ", others at " + g.where, site, true);
-  self->where = g.where = where, self->site = site;
-  if (++g.arrived < g.threads.size()) {
-    if (!_setjmp(self->context)) go_on();
-    return;
-  }
+  if (g.arrived && g.where != where) report("divergence: " + who(self, site) + ", others are at " + g.where);
+  g.where = where, self->site = site, self->waits = true;
+  if (++g.arrived < g.threads.size()) return go_on();
   g.arrived = 0, g.rounds++;
   if (orders) g.met = ++now;
-  for (Fiber *f : g.threads) if (f != self) ready.push_back(f);
+  for (Fiber *f : g.threads) {
+    f->waits = false;
+    if (f != self) ready.push_back(f);
+  }
 }
 
-static Given &exchange(unsigned mask, const int *mine, int n, const char *where, bool orders, unsigned site) {
-  if (mask != ~0u) report("not emulated: " + who(self->id, site) + " masks lanes of " + where, site, true);
-  Given &given = self->warp->given[self->warp->rounds % 2];
-  memcpy(given[threadIdx.x % 32], mine, n * sizeof(int));
-  meet(*self->warp, where, orders, site);
+static Given *exchange(const Given &mine, const char *where, unsigned site) {
+  Given *given = self->warp->given[self->warp->rounds % 2];
+  given[threadIdx.x % 32] = mine;
+  meet(*self->warp, where, false, site);
   return given;
 }
 
-void __syncthreads() { meet(*self->all, "__syncthreads", true, SITE); }
-void __syncwarp(unsigned mask) { exchange(mask, nullptr, 0, "__syncwarp", true, SITE); }
-int __all_sync(unsigned mask, int x) {
-  Given &given = exchange(mask, &x, 1, "a vote", false, SITE);
+void __syncthreads() { meet(*self->block, "__syncthreads", true, SITE); }
+void __syncwarp() { meet(*self->warp, "__syncwarp", true, SITE); }
+
+int __all_sync(unsigned, int x) {
+  const Given *given = exchange({x}, "__all_sync", SITE);
   for (int lane = 0; lane < 32; lane++) if (!given[lane][0]) return 0;
   return 1;
 }
@@ -245,204 +194,181 @@ int __all_sync(unsigned mask, int x) {
 // mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
 // in b0, b1 the same bytes of column g of B, and in c columns 2j, 2j+1 of row g, then of row g+8.
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1) {
-  int mine[6] = {a0, a1, a2, a3, b0, b1}, g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-  Given &given = exchange(~0u, mine, 6, "an MMA", false, SITE);
+  const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+  const Given *given = exchange({a0, a1, a2, a3, b0, b1}, "MMA", SITE);
   for (int i = 0; i < 4; i++) for (int k = 0; k < 4; k++) for (int half = 0; half < 2; half++)
     c[i] = __dp4a(given[4 * g + k][i / 2 + 2 * half], given[4 * (2 * j + i % 2) + k][4 + half], c[i]);
 }
 
-// ---- launches
-
-// Tells what a kernel may access: every block if block is -1, or as the shared memory of one, these come first.
-// grain: as many bytes are one thing, of which no two threads own a part.
-extern "C" void simt_region(const char *name, char *start, size_t size, bool writable, int block, int grain) {
-  regions.push_back({name, start, size, writable, block, grain, vector<Grain>(size / grain + 1)});
+// Tells what the next launch may access: first the shared memory of each block.
+extern "C" void simt_region(char *start, int size) {
+  regions.push_back({start, size, std::vector<std::vector<Access>>(size / 4 + 1)});
 }
 
-// Runs a kernel on the regions given since the last launch and returns what is wrong with it.
-extern "C" const char *simt_launch(void (*entry)(void **), void **values, unsigned blocks, unsigned threads) {
-  kernel = entry, arguments = values;
-  gridDim.x = blocks, blockDim.x = threads, now = 1;
-  findings.clear(), found.clear(), ready.clear();
-  vector<Group> all(blocks), warps(blocks * threads);  // more than enough
-  char *stacks = (char *)malloc(blocks * threads * STACK);
+// Runs a kernel and returns what is wrong with it.
+extern "C" const char *simt_launch(const char *name, void **values, unsigned blocks, unsigned threads) {
+  kernel = name, arguments = values;
+  gridDim.x = blocks, block_size = threads, now = 1;
+  finding.clear(), ready.clear(), fibers.clear();
   fibers.resize(blocks * threads);
+  std::vector<Group> groups(blocks), warps(blocks * threads);  // more than enough
+  std::unique_ptr<char[]> stacks(new char[blocks * threads * STACK]);
   for (Fiber &f : fibers) {
-    f.id = &f - &fibers[0], f.block = f.id / threads, f.stack = stacks + f.id * STACK;
-    f.all = &all[f.block], f.warp = &warps[f.block * threads + f.id % threads / 32];
-    for (Group *g : {f.all, f.warp}) g->threads.push_back(&f);
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = f.stack, context.uc_stack.ss_size = STACK;
-    makecontext(&context, live, 0);
-    self = &f;
-    swapcontext(&starting, &context);
+    f.id = &f - &fibers[0], f.stack = &stacks[f.id * STACK];
+    f.block = &groups[f.id / threads], f.warp = &warps[f.id / threads * threads + f.id % threads / 32];
+    for (Group *g : {f.block, f.warp}) g->threads.push_back(&f);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack, f.context.uc_stack.ss_size = STACK;
+    makecontext(&f.context, live, 0);
     ready.push_back(&f);
   }
-  if (!_setjmp(host)) go_on();
+  Fiber start;
+  self = &start;
+  volatile bool ran = false;
+  getcontext(&host);
+  if (!ran) ran = true, go_on();
+  for (Fiber &f : fibers) if (f.waits && finding.empty()) finding = "deadlock: " + who(&f, f.site);
   regions.clear();
-  free(stacks);
-  return findings.c_str();
+  return finding.c_str();
 }
 #endif
 """
 
 
+def callable_by_name(source):
+    """A kernel source with a function that calls the kernel of a name, given arrays and pointers to numbers."""
+    calls = ""
+    for name, parameters in re.findall(r"KERNEL (\w+)\(([^)]*)\)", source):
+        kinds = re.findall(r"\s*(.+?)\w+\s*(?:,|$)", parameters)
+        values = ", ".join(f"({k})values[{i}]" if "*" in k else f"*({k} *)values[{i}]" for i, k in enumerate(kinds))
+        calls += f'  if (!__builtin_strcmp(name, "{name}")) {name}({values});\n'
+    header = 'KERNEL __attribute__((no_sanitize("thread"))) call(const char *name, void **values)'
+    return f"{source}\n{header} {{\n{calls}}}\n"
+
+
+class Array:
+    """Memory of the emulated GPU, far from all other."""
+
+    def __init__(self, a):
+        memory = np.full(a.nbytes + 4096, 0xCD, np.uint8)
+        start = 2048 - memory.ctypes.data % 256
+        self.a = memory[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
+        self.a[...] = a
+        self.get = self.a.copy
+
+
+@cache
 class Simt:
-    """A launcher, see E.KernelBackend, on an emulated GPU; raises AssertionError where a kernel does something wrong.
+    """A source compiled for the emulated GPU."""
 
-    arch: its compute capability times 100; blocks: how many run; check: look for races and for accesses out of bounds;
-    shared: bytes of shared memory that a block may have.
-    """
+    folder = tempfile.TemporaryDirectory(prefix="simt_")
 
-    lock = threading.Lock()
+    def __init__(self, source, arch=800, options="-DSHARED=0"):
+        self.source = callable_by_name(source).replace("shared_memory[]", "*const shared_memory")
+        folder = Path(self.folder.name)
+        stem = folder / str(len(os.listdir(folder)))
+        stem.with_suffix(".cu").write_text(self.source)
+        if not (folder / "simt.cc").exists():
+            (folder / "simt.cc").write_text(SIMT)
+            self.compile("-O2 -c simt.cc -o simt.o")
+        self.compile("-O1 -fsanitize=thread,bounds,alignment --param tsan-instrument-func-entry-exit=0 -gdwarf-4 -g1 "
+                     f"-D__CUDA_ARCH__={arch} {options} -include simt.cc -x c++ -c {stem}.cu -o {stem}.o")
+        self.compile(f"-shared -Wl,-z,defs simt.o {stem}.o -o {stem}.so")
+        self.library = ctypes.CDLL(f"{stem}.so")
+        self.library.simt_launch.restype = ctypes.c_char_p
 
-    def __init__(self, source, arch=800, blocks=2, check=True, shared=232448):
-        self.blocks = blocks
-        signature = r"(?:KERNEL|__global__\s+void(?:\s+__launch_bounds__\(\w+\))?)\s+(\w+)\s*\(([^)]*)\)\s*\{"
-        self.kernels = {name: re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters) for name, parameters in
-                        re.findall(signature, source)}
-        self.code = re.sub(r"(extern\s+__shared__[^;]*?)(\w+)\s*\[\s*\]", r'\1*\2 __asm__("simt_shared")', source)
-        for name, parameters in self.kernels.items():
-            values = ", ".join(f"*({kind} *)values_[{i}]" for i, (kind, _) in enumerate(parameters))
-            self.code += f'\nextern "C" __attribute__((no_sanitize("thread"))) void simt_{name}(void **values_) {{'
-            self.code += f" {name}({values}); }}\n"
-        stem = FOLDER / hashlib.sha256(f"{self.code}{arch}{check}{shared}".encode()).hexdigest()[:16]
-        header, machine, kernel = FOLDER / "simt.cc", FOLDER / "machine.o", f"{stem}.o"
-        gcc = ["g++", "-std=c++17", "-w", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]  # that forbids _longjmp
-        hooks = ["-fsanitize=thread,bounds,alignment", "--param", "tsan-instrument-func-entry-exit=0"] if check else []
-        self.path = f"{stem}.so"
-        with self.lock:
-            if not machine.exists():
-                header.write_text(SIMT)
-                subprocess.run([*gcc, "-O2", "-c", header, "-o", machine], check=True)
-        if not os.path.exists(self.path):
-            Path(f"{stem}.cu").write_text(self.code)
-            subprocess.run([*gcc, "-O1", *hooks, "-gdwarf-4",  # addr2line gets the files of DWARF 5 wrong
-                            f"-D__CUDA_ARCH__={arch}", f"-DSHARED={shared}", "-include", header, "-x", "c++", "-c",
-                            f"{stem}.cu", "-o", kernel], check=True)
-            subprocess.run(["g++", "-shared", "-Wl,-z,defs", machine, kernel, "-lm", "-o", self.path], check=True)
-        self.gpu = ctypes.CDLL(self.path)
-        self.gpu.simt_launch.restype = ctypes.c_char_p
-        needs = np.zeros(len(E.Needs._fields), np.int32)
-        if "needs" in self.kernels:
-            self.run("needs", (needs,), [needs], 1, 1, 0)
-        self.needs, self.shared = E.Needs(*needs.tolist()), shared
+    def compile(self, how):
+        """Call the compiler; addr2line gets the files of DWARF 5 wrong."""
+        command = f"g++ -std=c++17 -w -fPIC -ffp-contract=off {how}".split()
+        subprocess.run(command, cwd=self.folder.name, check=True)
 
-    def place(self, site):
-        """Where in the source the machine found something, with the lines that it is inlined from."""
-        found = subprocess.run(["addr2line", "-ie", self.path, hex(int(site[1]))], capture_output=True, text=True,
-                               check=True)
-        lines = [int(n) for n in re.findall(r"\.cu:(\d+)", found.stdout)]
-        text = self.code.splitlines()
-        return f" (line {' from '.join(map(str, lines))}: {text[lines[0] - 1].strip()})" if lines else ""
+    def lines(self, site):
+        """Where in the source the machine found something, and where that is inlined."""
+        command = ["addr2line", "-ie", self.library._name, hex(int(site[1]))]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        numbers = [int(n) for n in re.findall(r"\.cu:(\d+)", found)]
+        return "".join(f"\n    line {n}: {self.source.splitlines()[n - 1].strip()}" for n in numbers)
 
-    def run(self, name, args, out, blocks, threads, shared):
-        """Call a kernel on copies of its arrays, well apart from each other; those in `out` are copied back."""
-        values, back, kept = [], [], []
 
-        def put(what, array, writable, block):
-            memory = np.full(2048 + array.nbytes, 0xCD, np.uint8)
-            at = 1024 - memory.ctypes.data % 256
-            copy = memory[at:at + array.nbytes]
-            copy[:] = array.reshape(-1).view(np.uint8)
-            kept.append(memory)
-            self.gpu.simt_region(what.encode(), ctypes.c_void_p(copy.ctypes.data), ctypes.c_size_t(copy.size), writable,
-                                 block, 4 if name == "play" and array.dtype == np.uint8 else array.itemsize)
-            return copy
+class Kernel:
+    """A kernel, as CuPy launches it; raises Fault where it does something wrong."""
 
-        for block in range(blocks):
-            put("shared memory", np.full(shared, 0xCD, np.uint8), True, block)
-        for (_, parameter), a in zip(self.kernels[name], args, strict=True):
-            if isinstance(a, np.ndarray):
-                writable = any(a is o for o in out)
-                copy = put(parameter, a, writable, -1)
-                back += [(a, copy)] * writable
-                a = np.uint64(copy.ctypes.data)
-            values.append(np.array(0 if a is None else a))
-        pointers = np.array([v.ctypes.data for v in values], np.uint64)
-        findings = self.gpu.simt_launch(getattr(self.gpu, f"simt_{name}"), ctypes.c_void_p(pointers.ctypes.data),
-                                        blocks, threads).decode()
-        if findings:
-            raise AssertionError(f"{name}\n" + re.sub(r" @(\d+)", self.place, findings))
-        for a, copy in back:
-            a[...] = copy.view(a.dtype).reshape(a.shape)
+    def __init__(self, simt, name):
+        self.simt, self.name, self.ptr, self.most = simt, name, self, 49152
 
-    def zeros(self, size):
-        """An array for the kernel alone."""
-        return np.zeros(size, np.int8)
+    def __call__(self, grid, block, args, shared_mem=0):
+        assert shared_mem <= self.most
+        arrays = [Array(np.full(shared_mem, 0xCD, np.uint8)) for _ in range(*grid)]
+        arrays += [a for a in args if isinstance(a, Array)]
+        for a in arrays:
+            self.simt.library.simt_region(ctypes.c_void_p(a.a.ctypes.data), a.a.nbytes)
+        args = [None if isinstance(a, np.uintp) else a.a if isinstance(a, Array) else np.array(a) for a in args]
+        pointers = (ctypes.c_void_p * len(args))(*E.c_arguments(args))
+        finding = self.simt.library.simt_launch(self.name.encode(), pointers, *grid, *block)
+        if finding:
+            raise Fault(f"{self.name}: " + re.sub(r" @(\d+)", self.simt.lines, finding.decode()))
 
-    def __call__(self, name, which, args, out):
-        """Run batches or units of a kernel."""
-        needs = self.needs
-        fast = needs.swaps + {"play": needs.fast, "update": needs.update}.get(name, 0)
-        scratch = np.full(self.blocks * max(needs.batch, needs.update), 0xCD, np.uint8)
-        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch), [*out, scratch], self.blocks,
-                 needs.threads, fast if fast <= self.shared else needs.swaps)
+
+def fake_cupy(arch=800, room=H100):
+    """As much of CuPy as nano_eggroll uses, on an emulated GPU that runs two blocks at once."""
+    cupy = mock.MagicMock()
+    cupy.asarray = Array
+    cupy.zeros = lambda size, dtype: Array(np.zeros(size, dtype))
+    cupy.empty = lambda size, dtype: Array(np.full(size, 0xCD, dtype))
+    cupy.cuda.Device().attributes = {"MaxSharedMemoryPerBlockOptin": room, "MultiProcessorCount": 2}
+    cupy.cuda.runtime.getDeviceCount.return_value = 1
+    cupy.cuda.runtime.memGetInfo.return_value = 2**30, 2**30
+    cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor.return_value = 1
+    cupy.cuda.driver.funcSetAttribute = lambda kernel, _, value: setattr(kernel, "most", value)
+    cupy.cuda.compiler.compile_using_nvrtc = lambda source, options: ((source, arch, options[-1]), None)
+    module = cupy.cuda.function.Module()
+    module.load = lambda cubin: setattr(module, "get_function", lambda name: Kernel(Simt(*cubin), name))
+    return cupy
 
 
 ARM = r"""
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-struct { char *data; long size; } f[32];          // argument i is in the file "i", an array that is empty is NULL
-FILE *file(int i, const char *how) { char name[9]; sprintf(name, "%d", i); return fopen(name, how); }
-void get(int i) {
-  FILE *s = file(i, "rb");
-  fseek(s, 0, SEEK_END);
-  f[i].size = ftell(s);
-  f[i].data = f[i].size ? aligned_alloc(64, (f[i].size + 63) / 64 * 64) : 0;
-  rewind(s);
-  if (fread(f[i].data, 1, f[i].size, s) != f[i].size) exit(1);
-  fclose(s);
+int main(int argc, char **argv) {                 // calls a kernel, with arguments that are read and then written
+  long size[32];
+  void *values[32];
+  fread(size, 8, 32, stdin);
+  for (int i = 0; i < 32; i++) {
+    values[i] = size[i] ? aligned_alloc(64, (size[i] + 63) / 64 * 64) : NULL;
+    fread(values[i], 1, size[i], stdin);
+  }
+  call(argv[1], values);
+  for (int i = 0; i < 32; i++) fwrite(values[i], 1, size[i], stdout);
 }
-void put(int i) {
-  FILE *s = file(i, "wb");
-  if (fwrite(f[i].data, 1, f[i].size, s) != f[i].size || fclose(s)) exit(1);
-}
-int main(int argc, char **argv) {
-  int n = 0;
 """
 
 
 class Arm:
-    """A launcher on an emulated ARM: a program that calls kernels with arguments from files, and writes arrays back."""
+    """A launcher on an emulated ARM."""
 
-    def __init__(self, source, flags):
-        self.kernels = {name: [kind for kind, _ in re.findall(r"\s*(.+?)(\w+)\s*(?:,|$)", parameters)]
-                        for name, parameters in re.findall(r"KERNEL (\w+)\(([^)]*)\)", source)}
-        code = source + ARM
-        for name, kinds in self.kernels.items():
-            values = ", ".join(f"f[{i}].data" if "*" in kind else f"*({kind} *)f[{i}].data"
-                               for i, kind in enumerate(kinds))
-            code += f'  if (!strcmp(argv[1], "{name}")) {{ for (; n < {len(kinds)}; n++) get(n); {name}({values}); }}\n'
-        code += "  for (int i = 0; i < n; i++) put(i);\n}"
-        self.folder = FOLDER / hashlib.sha256(f"{code}{flags}".encode()).hexdigest()[:16]
-        self.folder.mkdir(exist_ok=True)
-        subprocess.run(["aarch64-linux-gnu-gcc", "-x", "c", *flags.split(), "-O2", "-static", "-ffp-contract=off", "-w",
-                        "-fno-strict-aliasing", "-", "-lm", "-o", self.folder / "kernel"], input=code, text=True,
-                       check=True)
+    def __init__(self, source, folder, flags):
+        self.program = folder / "kernel"
+        command = f"aarch64-linux-gnu-gcc -x c -O2 -static -ffp-contract=off -w -fno-strict-aliasing {flags} - -lm -o"
+        subprocess.run([*command.split(), self.program], input=callable_by_name(source) + ARM, text=True, check=True)
         needs = np.zeros(len(E.Needs._fields), np.int32)
-        self.run("needs", (needs,), [needs])
-        self.needs = E.Needs(*needs.tolist())
+        self.run("needs", (needs,))
+        self.needs, self.zeros = E.Needs(*needs.tolist()), lambda size: np.zeros(size, np.int8)
 
-    def run(self, name, args, out):
+    def run(self, name, args):
         """Call a kernel."""
-        for i, a in enumerate(args):
-            (self.folder / str(i)).write_bytes(b"" if a is None else np.asarray(a).tobytes())
-        subprocess.run(["qemu-aarch64", "./kernel", name], cwd=self.folder, check=True)
-        for i, a in enumerate(args):
-            if a is not None and any(a is o for o in out):
-                a[...] = np.frombuffer((self.folder / str(i)).read_bytes(), a.dtype).reshape(a.shape)
-
-    def zeros(self, size):
-        """An array for the kernel alone."""
-        return np.zeros(size, np.int8)
+        data = [b"" if a is None else a.tobytes() for a in args]
+        sizes = np.array([*map(len, data), *[0] * (32 - len(data))])
+        back = io.BytesIO(subprocess.run(["qemu-aarch64", self.program, name], capture_output=True, check=True,
+                                         input=sizes.tobytes() + b"".join(data)).stdout)
+        for a, before in zip(args, data, strict=True):
+            after = back.read(len(before))
+            if after != before:
+                a[...] = np.frombuffer(after, a.dtype).reshape(a.shape)
 
     def __call__(self, name, which, args, out):
         """Run batches or units of a kernel."""
-        scratch = np.zeros(max(self.needs.batch, self.needs.update), np.uint8)
-        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch), out)
+        scratch = self.zeros(max(self.needs.batch, self.needs.update))
+        self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch))
 
 
 def main() -> None:
@@ -453,21 +379,21 @@ def main() -> None:
     machine = parser.parse_args().machine
     if not shutil.which("g++" if "sm" in machine else "qemu-aarch64"):
         parser.error(f"{machine} cannot be emulated: install g++, or gcc-aarch64-linux-gnu and qemu-user")
-
-    def build(source):
-        return Simt(source, 10 * int(machine[3:])) if "sm" in machine else Arm(source, f"-march={machine}")
-
-    cfg, es = E.Config(dim=16, layers=2, head_size=8, vocab=50), E.ES(population=40, tokens=5, steps=3, rank=2)
+    cfg, es = E.Config(dim=16, layers=2, head_size=8, vocab=50), E.ES(population=70, tokens=5, steps=3, rank=2)
     text, hashes = (E.mix(np.arange(1000)) % cfg.vocab).astype(np.uint16), []
     try:
-        for backend in E.NumpyBackend(cfg, es.rank), E.KernelBackend(cfg, es.rank, machine, build):
-            model = E.new_model(cfg, 0)
-            E.evolve(model, E.predict(text, es.tokens), es, backend)
-            hashes.append(model.sha256())
-            print(f"{backend.name:20} weights sha256 {hashes[-1]}")
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, cupy=fake_cupy()):
+            build = partial(Arm, folder=Path(folder), flags=f"-march={machine}")
+            if "sm" in machine:
+                sys.modules["cupy"], build = fake_cupy(10 * int(machine[3:])), E.CudaLauncher
+            for backend in E.NumpyBackend(cfg, es.rank), E.KernelBackend(cfg, es.rank, machine, build):
+                model = E.new_model(cfg, 0)
+                E.evolve(model, E.predict(text, es.tokens), es, backend)
+                hashes.append(model.sha256())
+                print(f"{backend.name:15} weights sha256 {hashes[-1]}")
         if hashes[0] != hashes[1]:
-            raise AssertionError("it does not compute what numpy does: look at what was changed in KERNEL")
-    except AssertionError as e:
+            raise Fault("it does not compute what numpy does: look at what was changed in KERNEL")
+    except Fault as e:
         parser.exit(1, f"{machine}: {e}\n")
 
 
