@@ -124,7 +124,7 @@ def load_c(source, flags):
 @pytest.fixture(scope="session", autouse=True)
 def _work_ahead(request):
     if len(request.session.items) > 100:
-        jobs = itertools.product([LOAD], itertools.product(SOURCES, NATIVE if "c" in BACKENDS else []))
+        jobs = [(LOAD, (source, flags)) for flags in NATIVE for source in SOURCES if "c" in BACKENDS]
         for work, args in (*jobs, *itertools.product([by_nvrtc], GPUS)):
             begun[work, args] = ahead.submit(work, *args)
     with mock.patch.object(E, "load_c", load_c):
@@ -369,7 +369,7 @@ def reference(cfg, W, tokens, steps=127):
 def test_members_agree_with_the_equations_in_float64():
     """To 1e-5 of the logits' size, except where rounding puts an activation on the other side of an int8 step."""
     errors = []
-    for seed in range(24):
+    for seed in range(12):
         shape = [(16, 1, 4), (24, 2, 12), (32, 3, 16), (20, 2, 5)][seed % 4]
         cfg = E.Config(dim=shape[0], layers=shape[1], head_size=shape[2], vocab=50)
         m, text, member = random_model(cfg, seed), random_text(cfg, seed=seed), seed % 2
@@ -1047,7 +1047,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(prose, tm
             resumed += go_on
             run = process(*args, "--out", out, *["--resume"] * go_on)
             try:
-                run.wait(0.3 + rng.uniform(0, 0.6) * usual)  # it takes some 0.3 s to start
+                run.wait(0.3 + rng.uniform(0, 0.5) * usual)  # it takes some 0.3 s to start
             except subprocess.TimeoutExpired:
                 run.kill()
             said, err = run.communicate()
@@ -1177,7 +1177,7 @@ def test_every_setting_is_an_option_with_a_remark(capsys):
 @posix
 def test_interrupted_and_resumed_equals_uninterrupted(prose, tmp_path, capsys):
     """By Ctrl-C; a log that is no terminal has the header before the first step."""
-    args = [*QUICK, "--tokens", "4", "--steps", "150", "--data", prose, "--backend", "numpy"]
+    args = [*QUICK, "--tokens", "4", "--steps", "100", "--data", prose, "--backend", "numpy"]
     run = process(*args, "--out", "parts", cwd=tmp_path)
     assert run.stdout.readline().startswith("RWKV-7 of ")
     while not run.stdout.readline().startswith("step"):
@@ -1187,7 +1187,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(prose, tmp_path, capsys):
     assert run.returncode == 2
     assert err.count("\n") == 1
     assert "--resume --out parts" in err
-    assert 0 < E.load_model(tmp_path / "parts" / "model.npz").step < 150
+    assert 0 < E.load_model(tmp_path / "parts" / "model.npz").step < 100
     main(capsys, *args, "--out", tmp_path / "whole")
     main(capsys, "--resume", "--out", tmp_path / "parts")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
@@ -1495,10 +1495,11 @@ def test_what_is_said_of_memory_can_be_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(capsys, *QUICK, "--steps", 9, "--out", "out")
     code = code_of("data/README.md", "def bits(").replace("512", "128").replace("encode(val)", "encode(val[:20000])")
+    code = code.replace("1, 2, 4, 8, 16, 32, 64, 128, 1000:", "1, 8, 1000:")
     exec(code, {})
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:9]]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert rows[-1][1] == rows[-1][2]
-    assert all(len({row[i] for row in rows}) > 5 for i in (1, 2))
+    assert all(len({row[i] for row in rows}) == 3 for i in (1, 2))
 
 
 
@@ -1637,7 +1638,7 @@ def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
     """The update as written anew there is the file's own, and coarse activations are the same in numpy and C."""
     ablate, usual, found = script("ablate"), vars(E).copy(), {}
     (tmp_path / "text").write_bytes(E.read_text(E.DATA)[0][:12000])
-    small = "--dim 8 --head-size 4 --population 32 --tokens 20 --vocab bytes --steps 10 --data".split()
+    small = "--dim 8 --head-size 4 --population 32 --tokens 20 --vocab bytes --steps 6 --data".split()
     plain = ([], ablate.moved(lambda model, Z, lr: ablate.add(model, lr * Z)))
     coarse = (["--backend", "numpy"], ablate.CHANGES["activations of 4 bits"][1])
     for name, (args, parts) in (ablate.CHANGES | {"update: plain": plain, "activations in numpy": coarse}).items():

@@ -379,7 +379,7 @@ def main() -> None:
     machine = parser.parse_args().machine
     if not shutil.which("g++" if "sm" in machine else "qemu-aarch64"):
         parser.error(f"{machine} cannot be emulated: install g++, or gcc-aarch64-linux-gnu and qemu-user")
-    cfg, es = E.Config(dim=16, layers=2, head_size=8, vocab=50), E.ES(population=70, tokens=5, steps=3, rank=2)
+    cfg, es = E.Config(dim=16, layers=2, head_size=8, vocab=50), E.ES(population=40, tokens=5, steps=2, rank=2)
     text, hashes = (E.mix(np.arange(1000)) % cfg.vocab).astype(np.uint16), []
     try:
         with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, cupy=fake_cupy()):
