@@ -974,7 +974,7 @@ def test_changed_data_are_refused_and_moved_ones_are_not(stopped, tmp_path, pros
 
 def main_after(preparation, args):
     """Run the command line in a process of its own that has first done something to itself."""
-    code = ("import encodings.utf_16_le, os, resource, sys, zipfile, encodings.cp437\n"
+    code = ("import encodings.utf_16_le, numpy.ma, os, resource, sys, zipfile, encodings.cp437\n"
             f"sys.path.insert(0, {str(HERE)!r})\n"
             f"import nano_eggroll as E\n{preparation}\nsys.exit(E.main({list(map(str, args))!r}))")
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
