@@ -548,7 +548,7 @@ default_backend: Callable[[Config, int], Backend] = NumpyBackend  # part 2 puts 
 
 LIMITS = {  # least and most; 127 pairs x rank must fit int32 in an update, and T losses of 63 bits in a cost
     "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
-    "lr": (0, 127), "seed": (0, 2**32 - 1)}
+    "lr": (0, 127), "drift": (0, 1e6), "seed": (0, 2**32 - 1)}
 
 
 @dataclass(frozen=True)
@@ -560,7 +560,8 @@ class ES:
     tokens: int = 128  # T, length of the text that each member reads in a step
     steps: int = 1000  # updates
     sigma: float = 1.0  # size of the perturbations, in int8 steps
-    lr: float = 0.0  # learning rate, in int8 steps (from --steps)
+    lr: float = 0.0  # learning rate, in int8 steps (drift sqrt(3 / steps), at most 1.5)
+    drift: float = 16.0  # how far a weight that sees only noise gets in a run, in int8 steps
     seed: int = 0  # of weights, noise, sampling and order of the data
 
     def __post_init__(self) -> None:
@@ -576,9 +577,9 @@ class ES:
         """Learning rate of a step: lr, falling linearly to 0.
 
         A weight that sees only noise moves by a normal deviate of this size (in int8 steps), so it ends about
-        lr sqrt(steps / 3) from its start. The default makes that 16, and is at most 1.5.
+        lr sqrt(steps / 3) from its start, which is `drift` where no lr is given.
         """
-        return (self.lr or min(1.5, 16 * math.sqrt(3 / self.steps))) * max(0, 1 - step / self.steps)
+        return (self.lr or min(1.5, self.drift * math.sqrt(3 / self.steps))) * max(0, 1 - step / self.steps)
 
 
 def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
@@ -1789,11 +1790,11 @@ class Settings(ES):
     head_size: int = 16  # N, a divisor of --dim
     freeze: str = ""  # parts of parameters' names to leave alone, like emb,att.w* (emb,head of World models)
     minutes: float = 0.0  # choose --steps so that training takes about this long
-    task: str = ""  # FILE.jsonl of problems {"prompt": ..., "answer": ...} to answer, instead of a text to predict
+    task: str = ""  # FILE.jsonl of problems to answer, {"prompt": ..., "answer": ...}; with --load as ANSWERS has it
     reward: str = ""  # FILE.py:function, of (prompt, completion, answer) (1 if completion and answer are equal)
     group_size: int = 2  # members who get the same problem, an even number
-    length: int = 0  # tokens of an answer (256) or a sample (400), at most
-    temperature: float = 0.0  # of answers (always the likeliest token) or a sample (0.7)
+    length: int = 0  # tokens of an answer (the longest "solution" in --task, or 256) or a sample (400), at most
+    temperature: float = 0.0  # of answers in training and --eval (always the likeliest token) or a sample (0.7)
     stop: str = ""  # text that ends an answer (a newline; of World models their end of text)
     sample: str = ""  # continue this text with the model of --load
     eval: bool = False  # validate the model of --load: bits/byte, or with --task accuracy
@@ -1804,6 +1805,8 @@ LIMITS |= {"threads": (0, 4096), "dim": (1, 16384), "layers": (1, 256), "head_si
 NEEDS = {"eval": ["load"], "sample": ["load"], "reward": ["task"], "group_size": ["task"], "length": ["task", "sample"],
          "temperature": ["task", "sample"], "stop": ["task", "sample"]}
 CLASHES = {"task": ["data", "valid", "vocab"], "load": ["dim", "layers", "head_size", "vocab"]}
+# With --task and --load: few moves of a model that knows much already, and noise that changes an answer here and there
+ANSWERS = {"population": 512, "steps": 360, "sigma": 4.0, "drift": 2.2}
 FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may differ on --resume, with the same files
 
 
@@ -2076,7 +2079,7 @@ def write_sample(model: Model, backend: Backend, vocab: Vocab, seed: int = 0, pr
 class TextTask:
     """To predict a text. A task has a fitness, and tokens: what a member reads or writes in a step."""
 
-    unit, columns = "bits/byte", ("train_bits", "val_bits")  # of what is shown, and in log.csv
+    unit, column = "bits/byte", "train_bits"  # of what is shown, and in log.csv
 
     def __init__(self, s: Settings, vocab: Vocab) -> None:
         """Print the yardsticks of the text; raises UserError where it is too short."""
@@ -2096,21 +2099,26 @@ class TextTask:
         self.worth = -len(train) / (BITS * s.tokens * len(text))  # of a unit of fitness, in what is shown
         self.bytes = len(val_text) - len(vocab.tokens[val[0]])
 
-    def validate(self, model: Model, team: Team) -> float:
+    def validate(self, model: Model, team: Team) -> dict[str, float]:
         """Bits/byte of the validation text."""
         bits = evaluate(model, team, self.val, self.tokens, team.index, team.size)
-        return sum(team.gather(bits)) / self.bytes
+        return {"val_bits": sum(team.gather(bits)) / self.bytes}
 
     def sample(self, model: Model, team: Team) -> None:
         """Print something that the model writes."""
         write_sample(model, team, self.vocab, self.seed)
 
 
-Problem = tuple[str, Any]  # a prompt, and what a reward needs to know of the answer
+class Problem(NamedTuple):
+    """A line of --task."""
+
+    prompt: str
+    answer: Any  # what a reward needs to know of it
+    solution: str = ""  # an answer that is right; only its length is used
 
 
 def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
-    """(prompt, answer) of lines {"prompt": ..., "answer": ...}: to train on and, held out, the last 10%.
+    """Problems of lines {"prompt": ..., "answer": ...}: to train on and, held out, the last 10%.
 
     A prompt that is held out is not trained on, if it comes twice. Raises UserError.
     """
@@ -2118,13 +2126,13 @@ def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
     try:
         for line in filter(str.strip, data.decode("utf-8-sig").split("\n")):
             p = json.loads(line)
-            problems.append((p["prompt"] + "", p["answer"]))
+            problems.append(Problem(p["prompt"] + "", p["answer"], p.get("solution", "") + ""))
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise UserError(f"{path} is not a file of problems ({e!r:.200} in {line[:60]!r}): write one "
                         '{"prompt": "...", "answer": ...} a line') from None
     held = problems[len(problems) * 9 // 10:]
-    asked = dict(held)
-    train = [p for p in problems if p[0] not in asked]
+    asked = {p.prompt for p in held}
+    train = [p for p in problems if p.prompt not in asked]
     if not train:
         raise UserError(f"{path} has too few problems: give at least two different ones")
     return train, held
@@ -2144,33 +2152,39 @@ def load_reward(name: str) -> Callable[[str, str, Any], float]:
 class AnswerTask:
     """To answer problems, of which up to 1,000 are held out for validation."""
 
-    unit, columns, worth = "accuracy", ("train_reward", "val_accuracy"), 1.0
+    unit, column, worth = "accuracy", "train_reward", 1.0
 
     def __init__(self, s: Settings, vocab: Vocab) -> None:
         """Read the problems and the reward; raises UserError."""
         if s.group_size % 2 or s.population % s.group_size:
             raise UserError(f"--group-size {s.group_size} does not fit --population {s.population}: choose an even "
                             "divisor of it")
-        self.s, self.vocab, self.length, (self.train, held) = s, vocab, s.length or 256, read_problems(s.task)
-        self.held, prompts = held[:1000], [prompt for prompt, _ in self.train + held]
-        self.encoded = {p: vocab.encode(p.encode(errors="replace")).tolist() or [vocab.end] for p in prompts}
+        self.s, self.vocab, (self.train, held) = s, vocab, read_problems(s.task)
+        self.held, problems = held[:1000], self.train + held
+        self.encoded = {p.prompt: self.encode(p.prompt) or [vocab.end] for p in problems}
+        self.length = s.length or max(len(self.encode(p.solution)) for p in problems) + 1  # with its end
+        self.length = self.length if self.length > 1 else 256
         if max(map(len, self.encoded.values())) + self.length > LONGEST:
             raise UserError(f"a prompt and --length {self.length} come to over {LONGEST} tokens: give less")
-        self.tokens = sum(len(self.encoded[prompt]) for prompt, _ in self.train) // len(self.train) + self.length
+        self.tokens = sum(len(self.encoded[p.prompt]) for p in self.train) // len(self.train) + self.length
         self.reward = load_reward(s.reward) if s.reward else lambda _, text, answer: text.strip() == str(answer).strip()
         self.rewards(held[:1], [""])  # one that cannot work fails before there is a run
+
+    def encode(self, text: str) -> list[int]:
+        """Its tokens."""
+        return self.vocab.encode(text.encode(errors="replace")).tolist()
 
     def rewards(self, problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
         """Of answers, float32 [n]; raises UserError."""
         try:
-            found = [float(self.reward(prompt, text, answer)) for (prompt, answer), text in zip(problems, texts)]
+            found = [float(self.reward(p.prompt, text, p.answer)) for p, text in zip(problems, texts)]
         except (Exception, SystemExit) as e:  # it may be the user's
             raise UserError(f"the reward failed ({e!r:.200}): correct the function, or the problems") from None
         return np.array(found, F32)
 
-    def answers(self, members: Members, problems: Sequence[Problem], temperature: float = 0.0) -> list[str]:
+    def answers(self, members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
         """Of each member to its problem."""
-        prompts = [self.encoded[prompt] for prompt, _ in problems]
+        prompts = [self.encoded[p.prompt] for p in problems]
         return complete(members, self.vocab, prompts, self.length, temperature, self.s.stop, self.vocab.end)
 
     def fitness(self, members: Members) -> np.ndarray:
@@ -2179,17 +2193,24 @@ class AnswerTask:
         problems = [self.train[i] for i in chosen.tolist()]
         return self.rewards(problems, self.answers(members, problems, self.s.temperature))
 
-    def validate(self, model: Model, team: Team) -> float:
-        """The share of held-out problems that are answered rightly."""
-        own = self.held[team.index::team.size]
-        texts = self.answers(Members(model, team, STILL, np.arange(len(own))), own) if own else []
-        return sum(team.gather(int((self.rewards(own, texts) >= 1).sum()))) / len(self.held)
+    def validate(self, model: Model, team: Team) -> dict[str, float]:
+        """The share of held-out problems that are answered rightly, and how many characters an answer has."""
+        numbers = np.arange(len(self.held))[team.index::team.size]
+        own, members = self.held[team.index::team.size], Members(model, team, (self.s.seed, 0, 0.0), numbers)
+        texts = self.answers(members, own, self.s.temperature if self.s.eval else 0.0) if own else []
+        counts = team.gather((int((self.rewards(own, texts) >= 1).sum()), sum(map(len, texts))))
+        right, length = map(sum, zip(*counts))
+        return {"val_accuracy": right / len(self.held), "answer_length": length / len(self.held)}
 
     def sample(self, model: Model, team: Team) -> None:
-        """Print some answers."""
+        """Print some answers to held-out problems."""
         some = self.held[:5]
-        for (prompt, answer), text in zip(some, self.answers(Members(model, team, STILL, np.arange(len(some))), some)):
-            print(printable(f"{prompt}{text}   (answer: {answer})"))
+        members = Members(model, team, STILL, np.arange(len(some)))
+        texts = self.answers(members, some, 0.0)
+        print("--- held out")
+        for p, text, reward in zip(some, texts, self.rewards(some, texts)):
+            print(printable(f"{p.prompt}{text}   ({'right' if reward >= 1 else 'wrong'})"))
+        print("---")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2228,7 +2249,7 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         saved = save()  # so that it can go on, whatever happens
-        val, stopped = task.validate(model, team), False
+        (val, *_), stopped = task.validate(model, team).values(), False
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
         while model.step < s.steps and not stopped:
             found, f = es_step(model, team, s, fitness)
@@ -2238,12 +2259,13 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
             mean = float(found[finite].mean(dtype=float)) * task.worth if finite.any() else math.nan
             speed = (model.step - first) * per_step / (now - began)
             if due:
-                val = task.validate(model, team)
+                measured = task.validate(model, team)
+                val, *_ = measured.values()
                 team.agree(f"weights in step {model.step}", model.sha256())
                 unequal = (found[::2] != found[1::2]) & finite[::2] & finite[1::2]
                 log.append({"step": model.step, "seconds": f"{before + now - began:.2f}",
-                            "tokens": model.step * per_step, task.columns[0]: f"{mean:.4f}",
-                            task.columns[1]: f"{val:.4f}", "tokens_per_s": f"{speed:.0f}",
+                            "tokens": model.step * per_step, task.column: f"{mean:.4f}",
+                            **{name: f"{x:.4f}" for name, x in measured.items()}, "tokens_per_s": f"{speed:.0f}",
                             "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
                             "equal_pairs": f"{1 - unequal.mean():.5f}"})
             if due or late or stopped:
@@ -2316,7 +2338,8 @@ def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
         model = load_model(s.load)
         vocab, was = vocab_of(model), model.extra.get("settings", {})
         same = {"tokens"} | (set() if given.keys() & {"task", "data", "valid"} else {"data", "valid"})
-        s = replace(s, **{name: was[name] for name in same - given.keys() if name in was})
+        usual = {name: was[name] for name in same if name in was} | (ANSWERS if s.task else {})
+        s = replace(s, **usual | given)
     else:
         s = replace(s, vocab=s.vocab or ("bytes" if s.task else "256" if s.data else "2048"))
         if s.vocab != "bytes" and not (s.vocab.isdecimal() and 1 <= int(s.vocab) <= 4096):
@@ -2390,7 +2413,8 @@ def run(given: dict[str, Any], team: Team) -> None:
     if "sample" in given and not team.index:
         write_sample(model, team, vocab, s.seed, s.sample, s.length or 400, given.get("temperature", 0.7), s.stop)
     if s.eval:
-        print(f"{task.unit} {task.validate(model, team):.4f}")
+        figure, *_ = task.validate(model, team).values()
+        print(f"{task.unit} {figure:.4f}")
     if measuring:
         return
     if "resume" not in given:
@@ -2400,6 +2424,8 @@ def run(given: dict[str, Any], team: Team) -> None:
             print(f"--minutes {s.minutes:g} is --steps {s.steps} at this speed")
     model.extra["settings"] = asdict(s)
     print(f"backend {team.backend.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
+    if s.task and not team.index:
+        task.sample(model, team)  # to see what changes
     figure = train(model, team, s, task, Path(s.out))
     if not team.index:
         task.sample(model, team)
