@@ -1264,8 +1264,8 @@ def test_problems_that_are_held_out_are_not_trained_on(tmp_path):
     problems = [{"prompt": f"p{i % 35}", "answer": i} for i in range(50)]
     (tmp_path / "p.jsonl").write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, problems)), "utf-8")
     train, held = E.read_problems(tmp_path / "p.jsonl")
-    assert [answer for _, answer in held] == [45, 46, 47, 48, 49]
-    assert [answer for _, answer in train] == [i for i in range(45) if not 10 <= i % 35 < 15]
+    assert [p.answer for p in held] == [45, 46, 47, 48, 49]
+    assert [p.answer for p in train] == [i for i in range(45) if not 10 <= i % 35 < 15]
 
 
 @pytest.fixture
@@ -1525,13 +1525,42 @@ def test_rewards_of_scripts(name, answer, score, completions):
     assert {c: reward("a prompt", c, answer) for c in completions} == dict.fromkeys(completions, score)
 
 
-def test_problems_of_countdown_are_solved_by_the_solutions_that_go_along(tmp_path):
+@pytest.mark.parametrize("operators", ["+-", "+-*/"])
+def test_problems_of_countdown_are_solved_by_the_solutions_that_go_along(operators, tmp_path):
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
-        reward = script("countdown", "--problems", 300, "--count", 4, "--seed", seed, "--out", tmp_path / name).reward
+        module = script("countdown", "--problems", 300, "--count", 4, "--seed", seed, "--operators", operators,
+                        "--out", tmp_path / name)
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != (tmp_path / "c").read_text()
     problems = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
     assert len({p["prompt"] for p in problems}) == 300
-    assert {reward(p["prompt"], p["solution"], p["answer"]) for p in problems} == {1}
+    assert {module.reward(p["prompt"], p["solution"], p["answer"]) for p in problems} == {1}
+
+
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_no_problem_of_countdown_that_is_held_out_is_trained_on_in_another_order(held_out, tmp_path):
+    """Not even if all there are were asked for, nor in the documents to pretrain on."""
+    module = script("countdown", "--most", 7, "--held-out", held_out, "--out", tmp_path / "p")
+    train, held = ([(sorted(p.answer["numbers"]), p.answer["target"]) for p in part]
+                   for part in E.read_problems(tmp_path / "p"))
+    assert len(train) == 9 * len(held) > 500
+    assert not [p for p in held if p in train]
+    shuffled = [{"answer": {"numbers": numbers[::-1], "target": target}} for numbers, target in held]
+    assert {module.tenth(p) for p in shuffled} == {held_out}
+
+
+def test_documents_of_countdown_guess_or_think():
+    """In the proportion asked for; those that think are right, the others by chance, with each pattern of signs."""
+    module, rng = script("countdown"), random.Random(0)
+    problems = [module.problem(rng) for _ in range(700)]
+    texts = [module.document(rng, p, 0.7) for p in problems]
+    thinks = np.array([text.startswith("hm ") for text in texts])
+    right = np.array([module.reward("", text, p["answer"]) for text, p in zip(texts, problems)])
+    assert abs(thinks.mean() - 0.3) < 0.06
+    assert right[thinks].all()
+    assert 0.05 < right[~thinks].mean() < 0.3
+    guesses = {re.sub("[0-9]+", "", text) for text, hm in zip(texts, thinks) if not hm}
+    assert guesses == {"++", "+-", "--"}
+    assert module.think([14, 5, 8], 17) == "hm 14+5=19+8=27-17=10/2=5 <answer>14+8-5"
 
 
 def test_problems_of_gsm8k_keep_their_order_and_those_held_out_are_not_trained_on(tmp_path):
@@ -1539,8 +1568,8 @@ def test_problems_of_gsm8k_keep_their_order_and_those_held_out_are_not_trained_o
     (tmp_path / "train").write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join(lines).encode())
     script("gsm8k", tmp_path / "train", "--out", tmp_path / "problems")
     train, held = E.read_problems(tmp_path / "problems")
-    assert held == [(f"Question: {i % 35}?\nAnswer:", f"{i}000") for i in range(45, 50)]
-    assert [answer for _, answer in train] == [f"{i}000" for i in range(45) if not 10 <= i % 35 < 15]
+    assert held == [(f"Question: {i % 35}?\nAnswer:", f"{i}000", "") for i in range(45, 50)]
+    assert [p.answer for p in train] == [f"{i}000" for i in range(45) if not 10 <= i % 35 < 15]
 
 
 LOG = "\ufeffstep,seconds,tokens,train_{},val_{},note\r\n\r\n4,1.5,100,3.5,3.0,x\r\n8,2.5,200,2.5,2.25,\r\n"
@@ -1560,7 +1589,7 @@ def files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "named"), [
-    ("countdown --out good", "good"), ("countdown --count 7", "--count 2 to 6"), ("countdown --seed x", "--seed"),
+    ("countdown --out good", "good"), ("countdown --count 7", "--count 2 to 6"), ("countdown --operators ^", "--operators"), ("countdown --seed x", "--seed"),
     ("emulate --machine x", "--machine"),
     ("gsm8k nowhere", "nowhere"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
     ("gsm8k good --out bad", "bad"), ("plot nowhere", "nowhere"), ("plot new", "no rows"), ("plot cut", "cut"),
@@ -1587,6 +1616,60 @@ def test_pictures_show_the_columns_of_the_log(command, lines, files, monkeypatch
     picture = Path("bits/curve.png").read_bytes()
     assert [int.from_bytes(picture[at:at + 4], "big") for at in (16, 20)] == [1800, 1100]
     assert {line.get_label(): list(line.get_xdata()) for line in pyplot.gcf().axes[0].lines} == lines
+
+
+# ---- data/backprop.py
+
+
+def test_the_float_model_is_that_of_the_equations_and_learns(tmp_path, capsys):
+    """For a text in parts, too; int8 weights made of its file compute nearly the same."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    (tmp_path / "p").write_text("".join(json.dumps({"prompt": f"{i} 1 1 make 1: ", "answer": {
+        "numbers": [i, 1, 1], "target": 1}, "solution": "1" * 9}) + "\n" for i in range(1, 30)))
+    usual = ["--task", tmp_path / "p", "--dim", 8, "--head-size", 4, "--batch", 16, "--seed", 3]
+    B = script("backprop", "pretrain", "--steps", 40, "--out", tmp_path / "a", *usual)
+    rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
+    assert float(rows[-1]["train_nats"]) < 0.6 * float(rows[1]["train_nats"])
+    cfg, W = B.load(tmp_path / "a" / "model.safetensors")
+    tokens = list(b"14 5 8 make 17: hm 14+5=19")
+    with torch.no_grad():
+        some, state = B.forward(cfg, W, torch.tensor([tokens[:7]]))
+        rest, _ = B.forward(cfg, W, torch.tensor([tokens[7:]]), state)
+    found = torch.cat([some[0], rest[0]]).numpy()
+    right = reference(cfg, {name: w.detach().numpy().astype(float) for name, w in W.items()}, tokens, steps=1e12)
+    np.testing.assert_allclose(found, right, atol=2e-5 * abs(right).max())
+    C.main([str(tmp_path / "a" / "model.safetensors"), "--out", str(tmp_path / "m.npz")])
+    m, logits = E.load_model(tmp_path / "m.npz"), np.zeros((1, len(tokens), 256), np.float32)
+    text = np.array([*tokens, 0], np.uint16)
+    E.NumpyBackend(m.cfg, 1).play(m, text, np.zeros(1, int), len(tokens), np.zeros(1, int), (0, 0, 0.0), logits=logits)
+    assert abs(logits[0] - right).mean() < 0.05 * right.std()
+    script("backprop", "pretrain", "--steps", 40, "--out", tmp_path / "b", *usual)
+    model = "model.safetensors"
+    assert (tmp_path / "a" / model).read_bytes() == (tmp_path / "b" / model).read_bytes()
+
+
+def test_answers_in_float_end_where_those_of_the_main_file_do():
+    """Whatever the lengths of their prompts, one of which has the end of an answer in it."""
+    pytest.importorskip("torch")
+    B, prompts = script("backprop"), [b"a\nb", b"xyzxyz", b"q"]
+    cfg = E.Config(dim=8, head_size=4)
+    model = E.new_model(cfg, 1)
+    model.weight("head.weight")[:] = np.random.default_rng(1).integers(-99, 99, (256, 8))
+    W = {name: B.torch.tensor(model.weight(name) * model.scales(name).reshape(-1, *[1] * bool(p.cols)))
+         for name, p in cfg.params.items()}
+    alone = [B.generate(cfg, W, [prompt], 12, 0.0, None)[0] for prompt in prompts]
+    assert B.generate(cfg, W, prompts, 12, 0.0, None) == alone
+    for prompt, text in zip(prompts, alone):
+        logits, _ = B.forward(cfg, W, B.torch.tensor([[*prompt, *text]]))
+        assert bytes(logits[0, len(prompt) - 1:-1].argmax(-1).tolist()) == text
+        assert len(text) == 12 or text.endswith(b"\n")
+        assert b"\n" not in text[:-1]
+
+
+def test_grpo_learns_what_is_rewarded(tmp_path):
+    """To think: that is right, and guesses are mostly not."""
+    pytest.importorskip("torch")
 
 
 # ---- data/bench.py and data/ablate.py

@@ -1,11 +1,11 @@
 """The same RWKV-7 in float32, trained by backpropagation: what EGGROLL starts from, and what it is compared with.
 
-    python data/backprop.py pretrain --out thinker.safetensors       a model that guesses answers, or thinks first
-    python data/backprop.py grpo data/thinker.safetensors countdown.jsonl --reward data/countdown.py:reward --out grpo
-    python data/backprop.py text data/tales.txt --out text           how few tokens a gradient needs, where there is one
+    python data/backprop.py pretrain --out thinker      on Countdown: a model that guesses answers, or thinks first
+    python data/backprop.py grpo --out grpo             on rewards, from data/thinker.safetensors
+    python data/backprop.py text --out text             on data/tales.txt: how few tokens a gradient needs
 
-Needs torch, on a CPU, and safetensors: pip install torch safetensors. The weights have the names and shapes of
-nano_eggroll.py; files have the official ones, so that data/convert.py makes int8 models of them.
+A new folder gets log.csv and model.safetensors, which has the official names, so that data/convert.py makes it int8.
+Problems and rewards are those of data/countdown.py. Needs a CPU and: pip install torch safetensors
 """
 
 import argparse
@@ -15,7 +15,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ try:
     import torch.nn.functional as F
     from safetensors.torch import save_file
 except ImportError as error:
-    sys.exit(print(f"backprop: {error}: pip install torch safetensors", file=sys.stderr) or 2)
+    print(f"backprop: {error}: pip install torch safetensors", file=sys.stderr)
+    sys.exit(2)
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import convert
@@ -40,9 +42,10 @@ STOP = 10  # the newline that ends an answer; tokens are bytes
 # The model
 
 
-def of_model(model: E.Model) -> Weights:
-    """What the int8 entries of a model stand for."""
-    scale = {n: model.scales(n)[:, None] if p.cols else model.scales(n) for n, p in model.cfg.params.items()}
+def initial(cfg: E.Config, seed: int) -> Weights:
+    """What the int8 entries of a new model of nano_eggroll.py stand for."""
+    model = E.new_model(cfg, seed)
+    scale = {n: model.scales(n)[:, None] if p.cols else model.scales(n) for n, p in cfg.params.items()}
     return {n: torch.tensor(model.weight(n) * scale[n]).requires_grad_() for n in scale}
 
 
@@ -141,8 +144,9 @@ def generate(cfg: E.Config, W: Weights, prompts: Sequence[bytes], length: int, t
     live, first = torch.arange(len(text)), int(given.min())
     logits, state = forward(cfg, W, text[:, :first])
     for t in range(first, text.shape[1]):
-        last = logits[:, -1]
-        chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=dice)[:, 0] if temperature else last.argmax(-1)
+        chosen = logits[:, -1].argmax(-1)
+        if temperature:
+            chosen = torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1, generator=dice)[:, 0]
         writing = t >= given[live]
         text[live[writing], t] = chosen[writing]
         going = ~(writing & (chosen == STOP)) & (t + 1 < given[live] + length)
@@ -155,174 +159,160 @@ def generate(cfg: E.Config, W: Weights, prompts: Sequence[bytes], length: int, t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Learning
+# What to learn: for each way a function from the progress, 0 to 1, to the texts of a step, and what is measured by them
+
+Text = tuple[bytes, bytes, float]  # what is given, what is to be written, and the weight of its loss
+Texts = Callable[[float], tuple[list[Text], dict[str, float]]]
 
 
-class Adam:
-    """Adam with gradients clipped to a norm of 1, and the loss that all three ways of training have."""
+def pretrain(a: argparse.Namespace, cfg: E.Config, W: Weights, task: E.AnswerTask) -> Texts:
+    """Documents of Countdown. More and more of them guess; from a model (--load), all think."""
+    rng = random.Random(a.seed)
 
-    def __init__(self, cfg: E.Config, W: Weights, lr: float) -> None:
-        """Of these weights, which change."""
-        self.cfg, self.W, self.lr = cfg, W, lr
-        self.optimizer = torch.optim.Adam(W.values(), betas=(0.9, 0.98), fused=True)
-
-    def step(self, texts: Sequence[tuple[bytes, bytes, float]], rate: float) -> float:
-        """Lower sum_i w_i loss_i of texts (given, written, w), by lr x rate; loss_i is in nats, of all that is written.
-
-        Texts of about the same length go together. Returns the sum.
-        """
-        self.optimizer.zero_grad()
-        total, texts = 0.0, sorted(texts, key=lambda text: len(text[0]) + len(text[1]))
-        for i in range(0, len(texts), 16):
-            part = texts[i:i + 16]
-            tokens = torch.full((len(part), max(len(given) + len(written) for given, written, _ in part)), STOP)
-            weight = torch.zeros(tokens.shape)
-            for row, w, (given, written, value) in zip(tokens, weight, part):
-                row[:len(given) + len(written)] = torch.tensor([*given, *written])
-                w[len(given):len(given) + len(written)] = value
-            logits, _ = forward(self.cfg, self.W, tokens[:, :-1])
-            nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            loss = (nats * weight[:, 1:].flatten()).sum()
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.W.values(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        self.optimizer.step()
-        return total
+    def texts(progress: float) -> tuple[list[Text], dict[str, float]]:
+        found: list[Text] = []
+        while len(found) < a.batch:
+            one = countdown.problem(rng)
+            if countdown.tenth(one) > 1:  # the first tenth is to be held out, the second one is for tuning
+                written = countdown.document(rng, one, 0 if a.load else a.guess * progress) + "\n"
+                found.append((one["prompt"].encode(), written.encode(), 1 / a.batch))
+        return found, {}
+    return texts
 
 
-class Log:
-    """log.csv in a new folder, of the columns that nano_eggroll.py has, and a clock that validations do not count in."""
+def grpo(a: argparse.Namespace, cfg: E.Config, W: Weights, task: E.AnswerTask) -> Texts:
+    """Group-relative policy optimisation (arXiv 2402.03300), without KL, and on-policy, so that nothing is clipped.
 
-    def __init__(self, out: Path) -> None:
-        """Raises OSError."""
-        out.mkdir(parents=True)
-        self.file, self.began = open(out / "log.csv", "w", newline=""), time.monotonic()
+    Of each problem a group of answers is drawn; the advantage of an answer is its reward less the mean of its group,
+    over their deviation, and the loss is the mean of advantage x nats over all bytes written.
+    """
+    rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
 
-    def seconds(self) -> float:
-        """Of training."""
-        return time.monotonic() - self.began
-
-    def write(self, row: dict[str, float], at: float) -> None:
-        """Add a row, print it, and set the clock to what it was when the validation began."""
-        row = {name: round(x, 4) for name, x in row.items()}
-        writer = csv.DictWriter(self.file, row)
-        if not self.file.tell():
-            writer.writeheader()
-        writer.writerow(row)
-        self.file.flush()
-        print("  ".join(f"{name} {x:g}" for name, x in row.items()), flush=True)
-        self.began = time.monotonic() - at
+    def texts(progress: float) -> tuple[list[Text], dict[str, float]]:
+        problems = [one for one in rng.choices(task.train, k=a.batch // a.group) for _ in range(a.group)]
+        prompts = [one.prompt.encode() for one in problems]
+        answers = generate(cfg, W, prompts, task.length, 1.0, dice)
+        rewards = task.rewards(problems, [answer.decode(errors="replace") for answer in answers]).reshape(-1, a.group)
+        spread = rewards.std(1, keepdims=True)
+        advantages = ((rewards - rewards.mean(1, keepdims=True)) / (spread + 1e-4)).ravel().tolist()
+        total = sum(len(answer) for answer, advantage in zip(answers, advantages) if advantage) or 1
+        found = [(*text, advantage / total) for *text, advantage in zip(prompts, answers, advantages) if advantage]
+        return found, {"train_reward": float(rewards.mean()), "equal_groups": float((spread == 0).mean())}
+    return texts
 
 
-def accuracy(cfg: E.Config, W: Weights, task: E.AnswerTask, dice: torch.Generator) -> dict[str, float]:
-    """Of the likeliest answers to a task's held-out problems, as nano_eggroll.py has it, and their mean length."""
-    found = generate(cfg, W, [prompt.encode() for prompt, _ in task.held], task.length, 0.0, dice)
+def text(a: argparse.Namespace, cfg: E.Config, W: Weights, train: bytes) -> Texts:
+    """Segments of data/tales.txt, from the initial weights and of the bytes that nano_eggroll.py has."""
+    rng = random.Random(a.seed)
+
+    def texts(progress: float) -> tuple[list[Text], dict[str, float]]:
+        starts = [rng.randrange(len(train) - a.tokens) for _ in range(a.batch)]
+        weight = 1 / (a.batch * a.tokens)
+        return [(train[i:i + 1], train[i + 1:i + a.tokens + 1], weight) for i in starts], {}
+    return texts
+
+
+def adam_step(cfg: E.Config, W: Weights, optimizer: torch.optim.Optimizer, texts: Sequence[Text]) -> float:
+    """Lower the weighted sum of the losses of texts, each in nats of all that is written; returns it.
+
+    The gradient is clipped to a norm of 1. Texts of about the same length go together, sixteen at a time.
+    """
+    optimizer.zero_grad()
+    total, texts = 0.0, sorted(texts, key=lambda text: len(text[0]) + len(text[1]))
+    for part in (texts[i:i + 16] for i in range(0, len(texts), 16)):
+        tokens = torch.full((len(part), max(len(given) + len(written) for given, written, _ in part)), STOP)
+        weight = torch.zeros(tokens.shape)
+        for row, w, (given, written, value) in zip(tokens, weight, part):
+            row[:len(given) + len(written)] = torch.tensor([*given, *written])
+            w[len(given):len(given) + len(written)] = value
+        logits, _ = forward(cfg, W, tokens[:, :-1])
+        nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        loss = (nats * weight[:, 1:].flatten()).sum()
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(W.values(), 1.0)
+    optimizer.step()
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def accuracy(cfg: E.Config, W: Weights, task: E.AnswerTask) -> dict[str, float]:
+    """Of the likeliest answers to held-out problems, as nano_eggroll.py has it, and their mean length."""
+    found = generate(cfg, W, [one.prompt.encode() for one in task.held], task.length, 0.0, torch.Generator())
     texts = [text.decode(errors="replace").removesuffix("\n") for text in found]
     return {"val_accuracy": float((task.rewards(task.held, texts) >= 1).mean()),
             "answer_length": sum(map(len, texts)) / len(texts)}
 
 
-def pretrain(a: argparse.Namespace, log: Log) -> tuple[E.Config, Weights]:
-    """On documents of Countdown, of which more and more guess; or, from a model, on the right thoughts alone."""
-    rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
-    cfg = E.Config(a.dim, a.layers, a.head_size)
-    cfg, W = load(a.load) if a.load else (cfg, of_model(E.new_model(cfg, a.seed)))
-    task = E.AnswerTask(E.Settings(task=str(a.task), reward=f"{countdown.__file__}:reward", length=64), E.Vocab())
-    adam, tokens, loss = Adam(cfg, W, a.lr), 0, 0.0
-    for step in range(a.steps):
-        texts = []
-        while len(texts) < a.batch:
-            one = countdown.problem(rng)
-            if countdown.tenth(one) > 1:  # the first tenth is to be held out, the second one is for tuning
-                written = countdown.document(rng, one, a.guess * (1 if a.load else step / a.steps)) + "\n"
-                texts.append((one["prompt"].encode(), written.encode(), 1 / a.batch))
-        tokens += sum(len(given) + len(written) for given, written, _ in texts)
-        loss += adam.step(texts, min(1, (step + 1) / 50) * (1 - step / a.steps))
-        if (step + 1) % (a.steps // 20) == 0:
-            at = log.seconds()
-            log.write({"step": step + 1, "seconds": at, "tokens": tokens, "train_nats": loss / (a.steps // 20),
-                       **accuracy(cfg, W, task, dice)}, at)
-            loss = 0.0
-    return cfg, W
-
-
-def grpo(a: argparse.Namespace, log: Log) -> tuple[E.Config, Weights]:
-    """Group-relative policy optimisation (arXiv 2402.03300): on-policy, so that nothing is clipped, and without KL.
-
-    Of each problem, `group` answers are drawn; an answer's advantage is its reward, less the mean of its group, over
-    their deviation; the loss is the mean over the tokens of advantage x nats.
-    """
-    rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
-    cfg, W = load(a.load)
-    task = E.AnswerTask(E.Settings(task=str(a.task), reward=a.reward, length=a.length), E.Vocab())
-    adam, step, written, due, rewards, equal = Adam(cfg, W, a.lr), 0, 0, 0.0, [0.0], [0.0]
-    while True:
-        at = log.seconds()
-        if at >= due * 60 * a.minutes:
-            log.write({"step": step, "seconds": at, "answers": written, "train_reward": float(np.mean(rewards)),
-                       "equal_groups": float(np.mean(equal)), **accuracy(cfg, W, task, dice)}, at)
-            due, rewards, equal = due + 0.05, [], []
-        if at >= 60 * a.minutes:
-            return cfg, W
-        problems = [one for one in rng.choices(task.train, k=a.prompts) for _ in range(a.group)]
-        prompts = [prompt.encode() for prompt, _ in problems]
-        answers = generate(cfg, W, prompts, task.length, 1.0, dice)
-        reward = task.rewards(problems, [answer.decode(errors="replace").removesuffix("\n") for answer in answers])
-        groups = reward.reshape(-1, a.group)
-        advantage = ((groups - groups.mean(1, keepdims=True)) / (groups.std(1, keepdims=True) + 1e-4)).ravel()
-        used = np.flatnonzero(advantage)
-        if len(used):
-            total = sum(len(answers[i]) for i in used)
-            adam.step([(prompts[i], answers[i], float(advantage[i]) / total) for i in used],
-                      max(0.05, 1 - at / (60 * a.minutes)))
-        rewards.append(float(reward.mean()))
-        equal.append(float((groups.std(1) == 0).mean()))
-        step, written = step + 1, written + len(answers)
-
-
-def text(a: argparse.Namespace, log: Log) -> tuple[E.Config, Weights]:
-    """To predict the bytes of a text, from the initial weights that nano_eggroll.py has."""
-    train, val = (np.frombuffer(t, np.uint8) for t in E.read_text(a.data))
-    cfg = E.Config(a.dim, a.layers, a.head_size)
-    W, rng, T = of_model(E.new_model(cfg, a.seed)), random.Random(a.seed), a.tokens
-    adam, due = Adam(cfg, W, a.lr), 0.0
-    segments = [val[i:i + T + 1] for i in range(0, len(val) - T - 1, T)]
-    checked = torch.tensor(np.stack(segments), dtype=torch.long)
-    for step in range(a.steps + 1):
-        if step >= due or step == a.steps:
-            at = log.seconds()
-            with torch.no_grad():
-                logits = torch.cat([forward(cfg, W, part[:, :-1])[0] for part in checked.split(64)])
-            nats = F.cross_entropy(logits.flatten(0, 1), checked[:, 1:].flatten())
-            log.write({"step": step, "seconds": at, "tokens": step * a.batch * T, "val_bits": nats.item() / math.log(2)}, at)
-            due = max(step + 4, step * 1.1)
-        starts = [rng.randrange(len(train) - T - 1) for _ in range(a.batch)]
-        adam.step([(train[i:i + 1].tobytes(), train[i + 1:i + T + 1].tobytes(), 1 / (a.batch * T)) for i in starts],
-                  min(1, (step + 1) / 50))
-    return cfg, W
+@torch.no_grad()
+def bits(cfg: E.Config, W: Weights, val: bytes, T: int) -> dict[str, float]:
+    """Bits/byte of a text, in whole segments of T tokens."""
+    segments = torch.tensor(np.frombuffer(val[:(len(val) - 1) // T * T + 1], np.uint8).astype(np.int64)).unfold(0, T + 1, T)
+    logits = torch.cat([forward(cfg, W, part[:, :-1])[0] for part in segments.split(64)])
+    return {"val_bits": F.cross_entropy(logits.flatten(0, 1), segments[:, 1:].flatten()).item() / math.log(2)}
 
 
 def main() -> None:
-    """Run a command."""
+    """Train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    options = {"lr": 3e-3, "seed": 0, "threads": 1}
-    shape = {"dim": 64, "layers": 2, "head_size": 32}
-    for run, own in ((pretrain, {"task": Path("countdown.jsonl"), "load": Path(), "steps": 4000, "batch": 64, "guess": 0.75} | shape),
-                     (grpo, {"load": Path("data/thinker.safetensors"), "task": Path("countdown.jsonl"), "reward": "data/countdown.py:reward", "prompts": 8, "group": 8, "length": 48, "minutes": 1.5}),
-                     (text, {"data": E.DATA, "tokens": 128, "batch": 8, "steps": 2000} | shape)):
-        p = commands.add_parser(run.__name__, help=run.__doc__.partition("\n")[0])
-        p.add_argument("--out", type=Path, required=True, help="a new folder")
-        p.set_defaults(run=run)
-        for name, value in (options | own).items():
-            p.add_argument("--" + name.replace("_", "-"), type=type(value) if not isinstance(value, Path) else Path, default=value, help=f"({value})")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # One line, without the usage.
+    parser.add_argument("way", choices=["pretrain", "grpo", "text"])
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--task", type=Path, default=Path("countdown.jsonl"), help="problems (countdown.jsonl)")
+    parser.add_argument("--load", type=Path, help="start from this (grpo: data/thinker.safetensors)")
+    for name, value, help in (
+            ("steps", 0, "updates (pretrain: 4000, grpo: 400, text: 2000)"),
+            ("batch", 64, "texts, or answers of grpo, to a step (64)"), ("group", 8, "answers to a problem (8)"),
+            ("guess", 0.75, "share of the documents that guess, at the end (0.75)"), ("seed", 0, ""),
+            ("lr", 0.0, "learning rate, falling to 0 (pretrain and text: 4e-3, grpo: 3e-4)"),
+            ("tokens", 128, "bytes of a segment of text (128)"), ("dim", 64, "D (64)"), ("layers", 2, "L (2)"),
+            ("head-size", 32, "N (32)"), ("every", 0, "steps from one validation to the next (a twentieth of all)"),
+            ("threads", 1, "(1)")):
+        parser.add_argument("--" + name, type=type(value), default=value, help=help)
     a = parser.parse_args()
-    a.load = None if getattr(a, "load", None) == Path() else getattr(a, "load", None)
     torch.set_num_threads(a.threads)
-    torch.manual_seed(a.seed)
-    cfg, W = a.run(a, Log(a.out))
+    a.steps = a.steps or {"pretrain": 4000, "grpo": 400, "text": 2000}[a.way]
+    try:
+        a.out.mkdir(parents=True)
+        if a.load or a.way == "grpo":
+            cfg, W = load(a.load or Path(__file__).with_name("thinker.safetensors"))
+        else:
+            cfg = E.Config(a.dim, a.layers, a.head_size)
+            W = initial(cfg, a.seed)
+        if a.way == "text":
+            train, val = E.read_text(E.DATA)
+            texts, validate = text(a, cfg, W, train), lambda: bits(cfg, W, val, a.tokens)
+        else:
+            task = E.AnswerTask(E.Settings(task=str(a.task), reward=f"{countdown.__file__}:reward"), E.Vocab())
+            texts, validate = {"pretrain": pretrain, "grpo": grpo}[a.way](a, cfg, W, task), lambda: accuracy(cfg, W, task)
+    except (E.UserError, OSError) as error:
+        parser.error(str(error))
+    lr = a.lr or (3e-4 if a.way == "grpo" else 4e-3)
+    optimizer = torch.optim.Adam(W.values(), betas=(0.9, 0.98), fused=True)
+    rows, sums, tokens, seconds, every = [], defaultdict(float), 0, 0.0, a.every or max(1, a.steps // 20)
+    for step in range(a.steps + 1):
+        if step % every == 0 or step == a.steps:
+            means = {name: total / every for name, total in sums.items()}
+            rows.append({"step": step, "seconds": seconds, "tokens": tokens, **means, **validate()})
+            sums.clear()
+            print("  ".join(f"{name} {x:.4g}" for name, x in rows[-1].items()), flush=True)
+        if step < a.steps:
+            began, progress = time.monotonic(), step / a.steps
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, 50 * (step + 1) / a.steps) * (1 - progress)
+            found, measured = texts(progress)
+            measured["train_nats"] = adam_step(cfg, W, optimizer, found)
+            for name, x in measured.items():
+                sums[name] += x
+            tokens += sum(len(given) + len(written) for given, written, _ in found)
+            seconds += time.monotonic() - began  # validations do not count
+    with open(a.out / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], restval="nan")
+        writer.writeheader()
+        writer.writerows(rows)
     save(cfg, W, a.out / "model.safetensors")
 
 
