@@ -1627,7 +1627,7 @@ def test_the_float_model_is_that_of_the_equations_and_learns(tmp_path, capsys):
     pytest.importorskip("safetensors")
     (tmp_path / "p").write_text("".join(json.dumps({"prompt": f"{i} 1 1 make 1: ", "answer": {
         "numbers": [i, 1, 1], "target": 1}, "solution": "1" * 9}) + "\n" for i in range(1, 30)))
-    usual = ["--task", tmp_path / "p", "--dim", 8, "--head-size", 4, "--batch", 16, "--seed", 3]
+    usual = ["--task", tmp_path / "p", "--batch", 16, "--seed", 3]
     B = script("backprop", "pretrain", "--steps", 40, "--out", tmp_path / "a", *usual)
     rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
     assert float(rows[-1]["train_nats"]) < 0.6 * float(rows[1]["train_nats"])

@@ -10,16 +10,14 @@ Problems and rewards are those of data/countdown.py. Needs a CPU and: pip instal
 
 import argparse
 import csv
+import itertools
 import math
 import random
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
 
 try:
     import torch
@@ -37,6 +35,7 @@ import nano_eggroll as E
 Weights = dict[str, torch.Tensor]  # float32 [out, cols] or [out], by the names of Config.params
 State = list[torch.Tensor]  # two token shifts [L, B, D] and S [L, B, H, N (value), N (key)], as in nano_eggroll.py
 STOP = 10  # the newline that ends an answer; tokens are bytes
+SEGMENT = 128  # bytes of a text to predict at once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -60,14 +59,9 @@ def load(path: Path) -> tuple[E.Config, Weights]:
 
 def save(cfg: E.Config, W: Weights, path: Path) -> None:
     """Write an official .safetensors of bfloat16."""
-    def official(name: str, w: torch.Tensor) -> torch.Tensor:
-        if re.search(r"\.att\.[wavg][12]$", name):
-            return w.T.contiguous()
-        if name.endswith("r_k"):
-            return w.view(-1, cfg.head_size)
-        return w.view(1, 1, -1) if re.search(r"\.(x_[rwkvag]|[wav]0|k_[ka])$", name) else w
-
-    save_file({n: official(n, w.detach().bfloat16()) for n, w in W.items()}, path)
+    found = {n: w.detach().bfloat16() for n, w in W.items()}
+    found |= {n: w.T.contiguous() for n, w in found.items() if re.search(r"\.att\.[wavg][12]$", n)}
+    save_file(found | {n: w.view(-1, cfg.head_size) for n, w in found.items() if n.endswith("r_k")}, path)
 
 
 def recurrence(r: torch.Tensor, log_w: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kk: torch.Tensor,
@@ -159,57 +153,42 @@ def generate(cfg: E.Config, W: Weights, prompts: Sequence[bytes], length: int, t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What to learn: for each way a function from the progress, 0 to 1, to the texts of a step, and what is measured by them
+# What to learn: the texts of a step, and what is measured by them
 
 Text = tuple[bytes, bytes, float]  # what is given, what is to be written, and the weight of its loss
-Texts = Callable[[float], tuple[list[Text], dict[str, float]]]
+Texts = tuple[list[Text], dict[str, float]]
 
 
-def pretrain(a: argparse.Namespace, cfg: E.Config, W: Weights, task: E.AnswerTask) -> Texts:
+def pretrain(a: argparse.Namespace, rng: random.Random, progress: float) -> Texts:
     """Documents of Countdown. More and more of them guess; from a model (--load), all think."""
-    rng = random.Random(a.seed)
-
-    def texts(progress: float) -> tuple[list[Text], dict[str, float]]:
-        found: list[Text] = []
-        while len(found) < a.batch:
-            one = countdown.problem(rng)
-            if countdown.tenth(one) > 1:  # the first tenth is to be held out, the second one is for tuning
-                written = countdown.document(rng, one, 0 if a.load else a.guess * progress) + "\n"
-                found.append((one["prompt"].encode(), written.encode(), 1 / a.batch))
-        return found, {}
-    return texts
+    problems = filter(lambda one: countdown.tenth(one) > 1, iter(lambda: countdown.problem(rng), None))
+    guess = 0 if a.load else a.guess * progress  # above: the first tenth is held out, the second one is for tuning
+    return [(one["prompt"].encode(), (countdown.document(rng, one, guess) + "\n").encode(), 1 / a.batch)
+            for one in itertools.islice(problems, a.batch)], {}
 
 
-def grpo(a: argparse.Namespace, cfg: E.Config, W: Weights, task: E.AnswerTask) -> Texts:
+def grpo(a: argparse.Namespace, rng: random.Random, cfg: E.Config, W: Weights, task: E.AnswerTask,
+         dice: torch.Generator) -> Texts:
     """Group-relative policy optimisation (arXiv 2402.03300), without KL, and on-policy, so that nothing is clipped.
 
     Of each problem a group of answers is drawn; the advantage of an answer is its reward less the mean of its group,
     over their deviation, and the loss is the mean of advantage x nats over all bytes written.
     """
-    rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
-
-    def texts(progress: float) -> tuple[list[Text], dict[str, float]]:
-        problems = [one for one in rng.choices(task.train, k=a.batch // a.group) for _ in range(a.group)]
-        prompts = [one.prompt.encode() for one in problems]
-        answers = generate(cfg, W, prompts, task.length, 1.0, dice)
-        rewards = task.rewards(problems, [answer.decode(errors="replace") for answer in answers]).reshape(-1, a.group)
-        spread = rewards.std(1, keepdims=True)
-        advantages = ((rewards - rewards.mean(1, keepdims=True)) / (spread + 1e-4)).ravel().tolist()
-        total = sum(len(answer) for answer, advantage in zip(answers, advantages) if advantage) or 1
-        found = [(*text, advantage / total) for *text, advantage in zip(prompts, answers, advantages) if advantage]
-        return found, {"train_reward": float(rewards.mean()), "equal_groups": float((spread == 0).mean())}
-    return texts
+    problems = [one for one in rng.choices(task.train, k=a.batch // a.group) for _ in range(a.group)]
+    prompts = [one.prompt.encode() for one in problems]
+    answers = generate(cfg, W, prompts, task.length, 1.0, dice)
+    rewards = task.rewards(problems, [answer.decode(errors="replace") for answer in answers]).reshape(-1, a.group)
+    spread = rewards.std(1, keepdims=True)
+    advantages = ((rewards - rewards.mean(1, keepdims=True)) / (spread + 1e-4)).ravel().tolist()
+    total = sum(len(answer) for answer, advantage in zip(answers, advantages) if advantage) or 1
+    found = [(*text, advantage / total) for *text, advantage in zip(prompts, answers, advantages) if advantage]
+    return found, {"train_reward": float(rewards.mean()), "equal_groups": float((spread == 0).mean())}
 
 
-def text(a: argparse.Namespace, cfg: E.Config, W: Weights, train: bytes) -> Texts:
-    """Segments of data/tales.txt, from the initial weights and of the bytes that nano_eggroll.py has."""
-    rng = random.Random(a.seed)
-
-    def texts(progress: float) -> tuple[list[Text], dict[str, float]]:
-        starts = [rng.randrange(len(train) - a.tokens) for _ in range(a.batch)]
-        weight = 1 / (a.batch * a.tokens)
-        return [(train[i:i + 1], train[i + 1:i + a.tokens + 1], weight) for i in starts], {}
-    return texts
+def segments(a: argparse.Namespace, rng: random.Random, text: bytes) -> Texts:
+    """Some of a text."""
+    starts = [rng.randrange(len(text) - SEGMENT) for _ in range(a.batch)]
+    return [(text[i:i + 1], text[i + 1:i + SEGMENT + 1], 1 / (a.batch * SEGMENT)) for i in starts], {}
 
 
 def adam_step(cfg: E.Config, W: Weights, optimizer: torch.optim.Optimizer, texts: Sequence[Text]) -> float:
@@ -235,10 +214,6 @@ def adam_step(cfg: E.Config, W: Weights, optimizer: torch.optim.Optimizer, texts
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
 def accuracy(cfg: E.Config, W: Weights, task: E.AnswerTask) -> dict[str, float]:
     """Of the likeliest answers to held-out problems, as nano_eggroll.py has it, and their mean length."""
     found = generate(cfg, W, [one.prompt.encode() for one in task.held], task.length, 0.0, torch.Generator())
@@ -248,71 +223,75 @@ def accuracy(cfg: E.Config, W: Weights, task: E.AnswerTask) -> dict[str, float]:
 
 
 @torch.no_grad()
-def bits(cfg: E.Config, W: Weights, val: bytes, T: int) -> dict[str, float]:
-    """Bits/byte of a text, in whole segments of T tokens."""
-    segments = torch.tensor(np.frombuffer(val[:(len(val) - 1) // T * T + 1], np.uint8).astype(np.int64)).unfold(0, T + 1, T)
-    logits = torch.cat([forward(cfg, W, part[:, :-1])[0] for part in segments.split(64)])
-    return {"val_bits": F.cross_entropy(logits.flatten(0, 1), segments[:, 1:].flatten()).item() / math.log(2)}
+def bits(cfg: E.Config, W: Weights, val: bytes) -> dict[str, float]:
+    """Bits/byte of a text, in whole segments, each from state zero."""
+    tokens = torch.tensor([*val]).unfold(0, SEGMENT + 1, SEGMENT)
+    logits = torch.cat([forward(cfg, W, part[:, :-1])[0] for part in tokens.split(64)])
+    return {"val_bits": F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item() / math.log(2)}
+
+
+def train(a: argparse.Namespace, cfg: E.Config, W: Weights, texts: Callable[[float], Texts],
+          validate: Callable[[], dict[str, float]]) -> None:
+    """Adam, with a learning rate that rises in the first 2% of the steps, and then falls linearly to 0."""
+    optimizer = torch.optim.Adam(W.values(), betas=(0.9, 0.98), fused=True)
+    rows, sums, tokens, seconds, every = [], {}, 0, 0.0, a.every or max(1, a.steps // 20)
+    for step in range(a.steps + 1):
+        if step % every == 0 or step == a.steps:
+            rows.append({"step": step, "seconds": seconds, "tokens": tokens, **sums, **validate()})
+            sums = {}
+            print("  ".join(f"{name} {x:.4g}" for name, x in rows[-1].items()), flush=True)
+            with open(a.out / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[-1], restval="nan")
+                writer.writeheader()
+                writer.writerows(rows)
+        if step == a.steps:
+            break
+        began, progress = time.monotonic(), step / a.steps
+        optimizer.param_groups[0]["lr"] = a.lr * min(1, 50 * (step + 1) / a.steps) * (1 - progress)
+        found, measured = texts(progress)
+        measured["train_nats"] = adam_step(cfg, W, optimizer, found)
+        sums = {name: sums.get(name, 0) + x / every for name, x in measured.items()}
+        tokens += sum(len(given) + len(written) for given, written, _ in found)
+        seconds += time.monotonic() - began  # validations do not count
+
+
+USUAL = {"pretrain": {"steps": 1000, "batch": 64, "lr": 4e-3}, "grpo": {"steps": 400, "batch": 64, "lr": 3e-4},
+         "text": {"steps": 2000, "batch": 8, "lr": 4e-3}}
 
 
 def main() -> None:
-    """Train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # One line, without the usage.
-    parser.add_argument("way", choices=["pretrain", "grpo", "text"])
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--task", type=Path, default=Path("countdown.jsonl"), help="problems (countdown.jsonl)")
-    parser.add_argument("--load", type=Path, help="start from this (grpo: data/thinker.safetensors)")
-    for name, value, help in (
-            ("steps", 0, "updates (pretrain: 4000, grpo: 400, text: 2000)"),
-            ("batch", 64, "texts, or answers of grpo, to a step (64)"), ("group", 8, "answers to a problem (8)"),
-            ("guess", 0.75, "share of the documents that guess, at the end (0.75)"), ("seed", 0, ""),
-            ("lr", 0.0, "learning rate, falling to 0 (pretrain and text: 4e-3, grpo: 3e-4)"),
-            ("tokens", 128, "bytes of a segment of text (128)"), ("dim", 64, "D (64)"), ("layers", 2, "L (2)"),
-            ("head-size", 32, "N (32)"), ("every", 0, "steps from one validation to the next (a twentieth of all)"),
-            ("threads", 1, "(1)")):
-        parser.add_argument("--" + name, type=type(value), default=value, help=help)
-    a = parser.parse_args()
-    torch.set_num_threads(a.threads)
-    a.steps = a.steps or {"pretrain": 4000, "grpo": 400, "text": 2000}[a.way]
+    """Run the command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"backprop: {message}\n")  # One line, without the usage.
+    p.add_argument("way", choices=USUAL)
+    p.add_argument("--out", type=Path, required=True, help="a new folder")
+    p.add_argument("--task", type=Path, default=Path("countdown.jsonl"), help="problems (countdown.jsonl)")
+    p.add_argument("--load", type=Path, help="start from this (grpo: data/thinker.safetensors)")
+    p.add_argument("--steps", type=int, help=f"updates; this, --batch and --lr are else {USUAL}")
+    p.add_argument("--batch", type=int, help="documents, answers or segments to a step")
+    p.add_argument("--lr", type=float, help="learning rate at first; it falls to 0")
+    p.add_argument("--group", type=int, default=8, help="answers to a problem (8), a divisor of --batch")
+    p.add_argument("--guess", type=float, default=0.75, help="share of the last documents that guess (0.75)")
+    p.add_argument("--every", type=int, help="steps from one validation to the next (a twentieth of all)")
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    for name, value in USUAL[a.way].items():
+        setattr(a, name, getattr(a, name) or value)
+    torch.set_num_threads(1)  # so small a model gains nothing from more
+    rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
     try:
+        cfg = E.Config() if a.way == "text" else E.Config(dim=64, layers=2, head_size=32)
+        file = a.load or (Path(__file__).with_name("thinker.safetensors") if a.way == "grpo" else None)
+        cfg, W = load(file) if file else (cfg, initial(cfg, a.seed))
+        text, val = E.read_text(E.DATA)
+        s = E.Settings(task=str(a.task), reward=f"{countdown.__file__}:reward")
+        task = None if a.way == "text" else E.AnswerTask(s, E.Vocab())
         a.out.mkdir(parents=True)
-        if a.load or a.way == "grpo":
-            cfg, W = load(a.load or Path(__file__).with_name("thinker.safetensors"))
-        else:
-            cfg = E.Config(a.dim, a.layers, a.head_size)
-            W = initial(cfg, a.seed)
-        if a.way == "text":
-            train, val = E.read_text(E.DATA)
-            texts, validate = text(a, cfg, W, train), lambda: bits(cfg, W, val, a.tokens)
-        else:
-            task = E.AnswerTask(E.Settings(task=str(a.task), reward=f"{countdown.__file__}:reward"), E.Vocab())
-            texts, validate = {"pretrain": pretrain, "grpo": grpo}[a.way](a, cfg, W, task), lambda: accuracy(cfg, W, task)
     except (E.UserError, OSError) as error:
-        parser.error(str(error))
-    lr = a.lr or (3e-4 if a.way == "grpo" else 4e-3)
-    optimizer = torch.optim.Adam(W.values(), betas=(0.9, 0.98), fused=True)
-    rows, sums, tokens, seconds, every = [], defaultdict(float), 0, 0.0, a.every or max(1, a.steps // 20)
-    for step in range(a.steps + 1):
-        if step % every == 0 or step == a.steps:
-            means = {name: total / every for name, total in sums.items()}
-            rows.append({"step": step, "seconds": seconds, "tokens": tokens, **means, **validate()})
-            sums.clear()
-            print("  ".join(f"{name} {x:.4g}" for name, x in rows[-1].items()), flush=True)
-        if step < a.steps:
-            began, progress = time.monotonic(), step / a.steps
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, 50 * (step + 1) / a.steps) * (1 - progress)
-            found, measured = texts(progress)
-            measured["train_nats"] = adam_step(cfg, W, optimizer, found)
-            for name, x in measured.items():
-                sums[name] += x
-            tokens += sum(len(given) + len(written) for given, written, _ in found)
-            seconds += time.monotonic() - began  # validations do not count
-    with open(a.out / "log.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1], restval="nan")
-        writer.writeheader()
-        writer.writerows(rows)
+        p.error(str(error))
+    texts = {"pretrain": lambda progress: pretrain(a, rng, progress), "text": lambda _: segments(a, rng, text),
+             "grpo": lambda _: grpo(a, rng, cfg, W, task, dice)}[a.way]
+    train(a, cfg, W, texts, lambda: bits(cfg, W, val) if a.way == "text" else accuracy(cfg, W, task))
     save(cfg, W, a.out / "model.safetensors")
 
 
