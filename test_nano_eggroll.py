@@ -1302,6 +1302,46 @@ def test_main_trains_on_rewards_resumes_and_validates(letters, monkeypatch, caps
     assert_same_run(Path("parts"), Path("whole"))
 
 
+@needs_c
+def test_a_loaded_model_trains_on_rewards_with_settings_of_its_own(letters, capsys):
+    """And shows what it answers before and after; the longest solution says how long an answer may be."""
+    problems = [{"prompt": f"say {i}", "answer": "etaoinshrdlu", "solution": "e" * (i % 9)} for i in range(40)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    model = E.new_model(E.Config(dim=16), 0)
+    model.extra["tokens"] = [chr(i) for i in range(256)]
+    E.save_model(model, Path("m.npz"))
+    task = ["--task", "p.jsonl", "--reward", "beside/mine.py:letter"]
+    out = main(capsys, "--load", "m.npz", *task, "--steps", "2", "--drift", "9", "--out", "on")
+    settings = E.load_model("on/model.npz").extra["settings"]
+    assert {name: settings[name] for name in E.ANSWERS} == E.ANSWERS | {"steps": 2, "drift": 9}
+    at = [i for i, line in enumerate(out) if line == "--- held out"]
+    assert [line[:6] for i in at for line in out[i + 1:i + 5]] == [f"say {i}" for i in range(36, 40)] * 2
+    assert {float(row["answer_length"]) for row in untimed(Path("on"))} == {9}
+    E.main(["--dim", "16", *task, "--length", "2", "--population", "64", "--steps", "1", "--out", "new"])
+    assert E.load_model("new/model.npz").extra["settings"]["drift"] == E.ES.drift != E.ANSWERS["drift"]
+
+
+@needs_c
+def test_accuracy_at_a_temperature_does_not_depend_on_the_number_of_processes(letters):
+    """Each validates a part of the held-out problems."""
+    problems = [{"prompt": f"say {i}", "answer": "etaoinshrdlu"} for i in range(40)]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, problems * 5)))
+    Path("beside/mine.py").write_text("def letter(prompt, completion, answer):\n    return 'a' in completion\n")
+    s = E.Settings(task="p.jsonl", reward="beside/mine.py:letter", length=40, temperature=1.0, eval=True)
+    task, model = E.AnswerTask(s, E.Vocab()), E.new_model(E.Config(dim=16), 0)
+    backend, found = E.make_backend("c", model.cfg, 1), []
+    for size in 1, 3:
+        parts = []
+        for index in range(size):
+            team = E.Team()
+            team.lead(backend, model)
+            team.index, team.size, team.gather = index, size, lambda part: parts.append(part) or [(0, 0)]
+            task.validate(model, team)
+        found.append(tuple(map(sum, zip(*parts))))
+    assert found[0] == found[1]
+    assert 0 < found[0][0] < 20
+
+
 @given(st.sampled_from([2, 4, 8]), st.integers(0, 2**32 - 1))
 @examples(4)
 def test_a_group_gets_one_problem_of_those_to_train_on(group, seed):
@@ -1574,7 +1614,7 @@ def test_problems_of_gsm8k_keep_their_order_and_those_held_out_are_not_trained_o
 
 LOG = "\ufeffstep,seconds,tokens,train_{},val_{},note\r\n\r\n4,1.5,100,3.5,3.0,x\r\n8,2.5,200,2.5,2.25,\r\n"
 FILES = {"bits/log.csv": LOG.format("bits", "bits"), "cut/log.csv": LOG.format("bits", "bits")[:-9], "new/log.csv": "",
-         "sums/log.csv": LOG.format("reward", "accuracy"), "good": '{"question": "", "answer": "#### 7"}', "bad": "[1]"}
+         "sums/log.csv": LOG.format("reward", "accuracy"), "sums/7/log.csv": LOG.format("reward", "accuracy"), "good": '{"question": "", "answer": "#### 7"}', "bad": "[1]"}
 
 
 @pytest.fixture
@@ -1582,7 +1622,7 @@ def files(tmp_path, monkeypatch):
     """FILES in the current folder; that they have stayed as they were is checked afterwards."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text, newline="")
     yield
     assert {name: Path(name).read_bytes().decode() for name in FILES} == FILES
@@ -1606,6 +1646,7 @@ def test_scripts_explain_mistakes_in_one_line(command, named, files, capsys):
     ("bits --data bad", {"training bits": [100, 200], "validation bits": [100, 200], "_child2": [0, 1]}),  # a yardstick
     ("bits bits/../bits --x seconds --out bits/curve.png", {"bits": [1.5, 2.5], "bits/../bits": [1.5, 2.5]}),
     ("sums --x step --out bits/curve.png", {"training reward": [4, 8], "validation accuracy": [4, 8]}),
+    ("sums sums/7 --x step --out bits/curve.png", {"sums": [4, 8], "_child1": [4, 8]}),  # another seed of it
 ])
 def test_pictures_show_the_columns_of_the_log(command, lines, files, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")

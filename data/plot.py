@@ -3,10 +3,12 @@
     python data/plot.py out                                         out/curve.png: training and validation
     python data/plot.py out --data data/tales.txt                   with lines for what simple models reach on this text
     python data/plot.py out out-2 --x seconds --out both.png        the validation of several runs
+    python data/plot.py es/0 es/1 grpo/0 --x seconds                numbers are seeds, drawn in the colour of one run
 """
 
 import argparse
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -47,20 +49,23 @@ def draw(logs: dict[str, list[list[float]]], kind: str, marks: dict[str, float],
 
     pyplot.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
     fig, ax = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    alone = len(logs) == 1
+    alone, colours = len(logs) == 1, {}
     for name, (at, training, validation) in logs.items():
         if alone:
             ax.plot(at, training, label=f"training {TRAINING[kind]}", color="0.75", linewidth=1.5, marker=".")
-        ax.plot(at, validation, label=f"validation {kind}" if alone else name, linewidth=3, marker=".")
+        name = re.sub(r"[/\\]\d+$", "", name)
+        label = f"validation {kind}" if alone else name if name not in colours else None
+        [line] = ax.plot(at, validation, label=label, color=colours.get(name), linewidth=3 if alone else 2, marker=".")
+        colours[name] = line.get_color()
     for name, bits in marks.items():
         if name != "uniform":  # far above all else
             ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
             ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
-    ax.set(xlabel=XLABEL[x], ylabel=UNIT[kind] if alone else f"validation, {UNIT[kind]}", title=title, xscale="log")
-    ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter=ticker.EngFormatter(sep=""),
-                 minor_formatter="")
+    ax.set(xlabel=XLABEL[x], ylabel=UNIT[kind] if alone else f"validation, {UNIT[kind]}", title=title)
     if kind == "bits":  # an accuracy may be 0
-        ax.set(yscale="log")
+        ax.set(xscale="log", yscale="log")
+        ax.xaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter=ticker.EngFormatter(sep=""),
+                     minor_formatter="")
         ax.yaxis.set(major_locator=ticker.LogLocator(subs=range(1, 10)), major_formatter="{x:g}", minor_formatter="")
     fig.legend(frameon=False, loc="outside lower center", ncols=2)
     fig.savefig(out, dpi=200)
