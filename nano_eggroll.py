@@ -1806,7 +1806,7 @@ NEEDS = {"eval": ["load"], "sample": ["load"], "reward": ["task"], "group_size":
          "temperature": ["task", "sample"], "stop": ["task", "sample"]}
 CLASHES = {"task": ["data", "valid", "vocab"], "load": ["dim", "layers", "head_size", "vocab"]}
 # With --task and --load: few moves of a model that knows much already, and noise that changes an answer here and there
-ANSWERS = {"population": 512, "steps": 360, "sigma": 4.0, "drift": 2.2}
+ANSWERS = {"population": 512, "steps": 360, "sigma": 3.0, "drift": 1.5}
 FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may differ on --resume, with the same files
 
 

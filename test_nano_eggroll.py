@@ -1614,7 +1614,8 @@ def test_problems_of_gsm8k_keep_their_order_and_those_held_out_are_not_trained_o
 
 LOG = "\ufeffstep,seconds,tokens,train_{},val_{},note\r\n\r\n4,1.5,100,3.5,3.0,x\r\n8,2.5,200,2.5,2.25,\r\n"
 FILES = {"bits/log.csv": LOG.format("bits", "bits"), "cut/log.csv": LOG.format("bits", "bits")[:-9], "new/log.csv": "",
-         "sums/log.csv": LOG.format("reward", "accuracy"), "sums/7/log.csv": LOG.format("reward", "accuracy"), "good": '{"question": "", "answer": "#### 7"}', "bad": "[1]"}
+         "sums/log.csv": LOG.format("reward", "accuracy"), "sums/7/log.csv": LOG.format("reward", "accuracy"),
+         "good": '{"question": "", "answer": "#### 7"}', "bad": "[1]"}
 
 
 @pytest.fixture
@@ -1629,13 +1630,16 @@ def files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "named"), [
-    ("countdown --out good", "good"), ("countdown --count 7", "--count 2 to 6"), ("countdown --operators ^", "--operators"), ("countdown --seed x", "--seed"),
-    ("emulate --machine x", "--machine"),
+    ("countdown --out good", "good"), ("countdown --count 7", "--count 2 to 6"), ("countdown --seed x", "--seed"),
+    ("countdown --operators ^", "--operators"), ("emulate --machine x", "--machine"),
+    ("backprop grpo --out no --load bad", "bad"), ("backprop text --out bits", "bits"), ("backprop x", "'x'"),
     ("gsm8k nowhere", "nowhere"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
     ("gsm8k good --out bad", "bad"), ("plot nowhere", "nowhere"), ("plot new", "no rows"), ("plot cut", "cut"),
     ("plot bits sums", "apart"), ("plot sums --data bad", "--data"), ("plot bits --out no/a.png", "plot: "),
 ])
 def test_scripts_explain_mistakes_in_one_line(command, named, files, capsys):
+    if command.startswith("backprop"):
+        pytest.importorskip("torch")
     with pytest.raises(SystemExit, match="2"):
         script(*command.split())
     out, err = capsys.readouterr()
@@ -1662,6 +1666,13 @@ def test_pictures_show_the_columns_of_the_log(command, lines, files, monkeypatch
 # ---- data/backprop.py
 
 
+def test_without_torch_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match="2"):
+        script("backprop")
+    assert re.fullmatch("backprop: .*: pip install torch safetensors\n", capsys.readouterr().err)
+
+
 def test_the_float_model_is_that_of_the_equations_and_learns(tmp_path, capsys):
     """For a text in parts, too; int8 weights made of its file compute nearly the same."""
     torch = pytest.importorskip("torch")
@@ -1670,7 +1681,8 @@ def test_the_float_model_is_that_of_the_equations_and_learns(tmp_path, capsys):
         "numbers": [i, 1, 1], "target": 1}, "solution": "1" * 9}) + "\n" for i in range(1, 30)))
     usual = ["--task", tmp_path / "p", "--batch", 16, "--seed", 3]
     B = script("backprop", "pretrain", "--steps", 40, "--out", tmp_path / "a", *usual)
-    rows = list(csv.DictReader(open(tmp_path / "a" / "log.csv")))
+    with open(tmp_path / "a" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
     assert float(rows[-1]["train_nats"]) < 0.6 * float(rows[1]["train_nats"])
     cfg, W = B.load(tmp_path / "a" / "model.safetensors")
     tokens = list(b"14 5 8 make 17: hm 14+5=19")
@@ -1708,9 +1720,17 @@ def test_answers_in_float_end_where_those_of_the_main_file_do():
         assert b"\n" not in text[:-1]
 
 
-def test_grpo_learns_what_is_rewarded(tmp_path):
+def test_grpo_learns_what_is_rewarded(tmp_path, capsys):
     """To think: that is right, and guesses are mostly not."""
     pytest.importorskip("torch")
+    script("countdown", "--problems", 1000, "--out", tmp_path / "p")
+    script("backprop", "grpo", "--task", tmp_path / "p", "--steps", 10, "--every", 5, "--out", tmp_path / "grpo")
+    with open(tmp_path / "grpo" / "log.csv") as file:
+        first, _, last = csv.DictReader(file)
+    assert float(first["val_accuracy"]) < 0.4 < 0.7 < float(last["val_accuracy"])
+    assert float(first["answer_length"]) < 20 < float(last["answer_length"])
+    assert 0 < float(last["equal_groups"]) < 1
+    assert C.main([str(tmp_path / "grpo" / "model.safetensors"), "--out", str(tmp_path / "m.npz")]) == 0
 
 
 # ---- data/bench.py and data/ablate.py
