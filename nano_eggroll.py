@@ -558,7 +558,7 @@ class ES:
     population: int = 1024  # P, an even number of members
     rank: int = 1  # R, of the perturbations, 1 to 8
     tokens: int = 128  # T, length of the text that each member reads in a step
-    steps: int = 1000  # updates
+    steps: int = 1200  # updates
     sigma: float = 1.0  # size of the perturbations, in int8 steps
     lr: float = 0.0  # learning rate, in int8 steps (drift sqrt(3 / steps), at most 1.5)
     drift: float = 16.0  # how far a weight that sees only noise gets in a run, in int8 steps
@@ -1779,7 +1779,7 @@ class Settings(ES):
 
     data: str = ""  # text to learn; its last tenth is for validation (data/tales.txt)
     valid: str = ""  # text for validation instead of that
-    vocab: str = ""  # how many tokens to learn from --data, or bytes (256; of data/tales.txt all its words, 1,922)
+    vocab: str = ""  # how many tokens to learn from --data, or bytes (256; of data/tales.txt all its words, 1,071)
     out: str = ""  # folder for the model and its log (out, or out-2, ... where that is taken)
     resume: bool = False  # go on with the run in --out, with its own settings
     load: str = ""  # start from this model.npz
@@ -1834,15 +1834,25 @@ def read_text(data: str | Path, valid: str | Path = "") -> tuple[bytes, bytes]:
 
 
 class Vocab:
-    """Tokens, a list of byte strings: single bytes and merges of two tokens or, without merges, any (RWKV World).
+    """Tokens, a list of byte strings: single bytes and some that merges make or, without merges, any (RWKV World).
 
     A byte for which there is no token is read as a newline, so that no text is refused.
     """
 
     def __init__(self, tokens: Sequence[bytes] = BYTES, merges: Sequence[Sequence[int]] = ()) -> None:
-        """merges: the last tokens as [left, right], in their order. A token b"" is a number that has none."""
+        """merges: pairs of units, which are the single bytes and what the merges before made of them.
+
+        A token b"" is a number that has none.
+        """
         self.tokens, self.merges = tokens, merges
         self.number = {token: i for i, token in enumerate(tokens) if token}
+        self.units = [token for token in tokens if len(token) == 1]
+        made = []
+        for a, b in merges:
+            made.append((chr(a) + chr(b), chr(len(self.units))))
+            self.units.append(self.units[a] + self.units[b])
+        split = [(unit, pair) for pair, unit in reversed(made) if self.units[ord(unit)] not in self.number]
+        self.replacements = [*made, *split]  # a unit that is no token is taken apart again
         self.newline = self.number.get(b"\n", 0)
         self.world = not merges and max(map(len, tokens)) > 1
         self.end = 0 if self.world else self.newline  # of an answer
@@ -1852,15 +1862,15 @@ class Vocab:
 
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens of a text, uint16 [n]: all merges in their order, or always the longest token that fits."""
-        if not self.world:  # a character for each token, so that a merge is a replacement
+        if not self.world:  # a character for each unit, so that a merge is a replacement
             first = bytes(self.number.get(byte, self.newline) for byte in BYTES)
 
             @cache
             def spell(word: bytes) -> bytes:
                 units = word.translate(first).decode("latin-1")
-                for new, (a, b) in enumerate(self.merges, len(self.tokens) - len(self.merges)):
-                    units = units.replace(chr(a) + chr(b), chr(new))
-                return units.encode("utf-16-le")
+                for old, new in self.replacements:
+                    units = units.replace(old, new)
+                return "".join(chr(self.number[self.units[ord(unit)]]) for unit in units).encode("utf-16-le")
 
             return np.frombuffer(WORD.sub(lambda word: spell(word[0]), text), np.uint16)
         found, at = [], 0
@@ -1879,29 +1889,34 @@ class Vocab:
 def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
     """The bytes of both texts and, up to `size` tokens in all, merges of the first 16 MB of `text`, if it has so many.
 
-    Byte-pair encoding (arXiv 1508.07909): a merge is the pair of tokens that is the most frequent (of several, the
-    lowest) when the merges before have been made. A WORD is letters and a space before them, so that digits, signs and
-    newlines remain single bytes.
+    Byte-pair encoding (arXiv 1508.07909): a merge is the pair of units that is the most frequent (of several, the
+    lowest) when the merges before have been made. What later merges leave nothing of, such as a part of one word only,
+    is no token. A WORD is letters and a space before them, so that digits, signs and newlines remain single bytes.
     """
     tokens, merges = [BYTES[i] for i in sorted({*text, *val_text, *b"\n"})], list[list[int]]()
-    found, known = Counter(WORD.findall(text[:2**24])), Vocab(tokens)
-    words = {"".join(map(chr, known.encode(word))): n for word, n in found.items()}  # a character for each token
-    often = Counter[tuple[str, str]]()
+    found, known, units = Counter(WORD.findall(text[:2**24])), Vocab(tokens), list(tokens)
+    words = {"".join(map(chr, known.encode(word))): n for word, n in found.items()}  # a character for each unit
+    often, left = Counter[tuple[str, str]](), Counter[str]()
     for word, n in words.items():
         for pair in itertools.pairwise(word):
             often[pair] += n
-    while len(tokens) < size and (most := max(often.values(), default=0)) > 1:
+    while (len(tokens) + len({units[ord(unit)] for unit, n in left.items() if n > 0}) < size
+           and (most := max(often.values(), default=0)) > 1):
         a, b = min(pair for pair, n in often.items() if n == most)
+        new = chr(len(units))
         for word in [word for word in words if a + b in word]:
-            n, merged = words.pop(word), word.replace(a + b, chr(len(tokens)))
+            n, merged = words.pop(word), word.replace(a + b, new)
             words[merged] = n
             for pair in itertools.pairwise(word):
                 often[pair] -= n
             for pair in itertools.pairwise(merged):
                 often[pair] += n
+            made = merged.count(new) * n
+            left.update({new: made})
+            left.subtract({a: made, b: made} if a != b else {a: 2 * made})
         merges.append([ord(a), ord(b)])
-        tokens.append(tokens[ord(a)] + tokens[ord(b)])
-    return Vocab(tokens, merges)
+        units.append(units[ord(a)] + units[ord(b)])
+    return Vocab([*tokens, *dict.fromkeys(units[ord(unit)] for unit, n in sorted(left.items()) if n > 0)], merges)
 
 
 def yardsticks(vocab: Vocab, text: bytes, val_text: bytes) -> dict[str, float]:

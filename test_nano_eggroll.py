@@ -785,7 +785,7 @@ def assert_same_run(one, two):
 def merges_by_hand(text, known, size):
     """Byte-pair encoding as one would write it down: the merges, and the text's tokens when all have been made."""
     units, tokens, merges = [known.index(b) for b in text], [bytes([b]) for b in known], []
-    while len(tokens) < size:
+    while len({bytes([b]) for b in known} | {tokens[i] for i in units}) < size:
         count = Counter((a, b) for a, b in itertools.pairwise(units)
                         if re.fullmatch(rb" ?[A-Za-z\x80-\xff]*", tokens[a])
                         and re.fullmatch(rb"[A-Za-z\x80-\xff]+", tokens[b]))
@@ -800,7 +800,7 @@ def merges_by_hand(text, known, size):
             found.append(len(tokens) - 1 if pair else units[0])
             units = units[1 + pair:]
         units = found
-    return merges, units
+    return merges, [tokens[i] for i in units]
 
 
 WORDS = st.sampled_from([b"the", b" the", b" then", b"oo", b"oooo", b"a", b" ", b"  ", b"\n", b"12", b".", b"\xc3\xa9"])
@@ -815,7 +815,8 @@ def test_learned_tokens_are_those_of_byte_pair_encoding_and_give_the_bytes_back(
     merges, tokens = merges_by_hand(text, known, size)
     vocab = E.learn_vocab(text, val_text, size)
     assert vocab.merges == merges
-    assert vocab.encode(text).tolist() == tokens
+    assert [vocab.tokens[i] for i in vocab.encode(text)] == tokens
+    assert sorted(vocab.tokens) == sorted({bytes([b]) for b in known} | set(tokens))  # and none that nothing is left of
     assert vocab.encode(text).dtype == np.uint16
     assert vocab.tokens[:len(known)] == [bytes([b]) for b in known]
     assert vocab.decode(vocab.encode(val_text)) == val_text
