@@ -11,11 +11,11 @@
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
   1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
-     B_i are thin +-1 matrices rebuilt from a seed, and x (W + c A B^T)^T = x W^T + c (x B) A^T, so the big product is
-     shared by the whole population and no noise is ever stored.
+     B_i are thin +-1 matrices rebuilt from a seed, and x (W + c A B^T)^T = x W^T + c (x B) A^T, so all members are
+     multiplied by the same W, their own part is cheap, and no noise is kept.
   2. Both members of a pair read the same text; f_i says how much better the first one predicted it.
   3. Every weight moves along sum_i f_i A_i B_i^T, one integer matrix product over the population. On average that is
-     the direction of the gradient, since the signs of different entries are independent.
+     the direction of the gradient, since different entries of A_i B_i^T are uncorrelated.
   4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
 
 Three parts, with double rulers between them: the method, in numpy, which is complete and trains on its own; the same,
@@ -95,8 +95,9 @@ class Config:
         """Fill in ffn, and check; raises UserError."""
         object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
         D, N, *others = self.dim, self.head_size, self.layers, self.vocab, self.ffn, *self.mlp
-        # Sums of 65536 inputs x 127 x 255 (a weight + 128) fit the int32 accumulators; twice as many would not.
-        if len(others) != 7 or not 1 <= min(D, N, *others) or max(D, *others) > 2**16 or self.sizes.weights >= 2**31:
+        # Sums of 65536 inputs x 127 x 255 fit the int32 accumulators, twice as many would not: some units of a CPU
+        # multiply unsigned bytes, which are weights + 128.
+        if len(self.mlp) != 4 or not 1 <= min(D, N, *others) or max(D, *others) > 2**16 or self.sizes.weights >= 2**31:
             raise UserError(f"{self} cannot be computed: choose 1 to 65,536 of each, and less than 2^31 weights")
         if D % N:
             raise UserError(f"--head-size {N} does not divide --dim {D}: choose a divisor of it")
@@ -161,7 +162,10 @@ def mix(x: ArrayLike) -> np.ndarray:
 
 
 def pair_keys(seed: int, step: int, pair: np.ndarray) -> Keys:
-    """The two 32-bit keys of each pair's noise stream; pair: integers [n] -> uint32 [n], uint32 [n]."""
+    """The keys of each pair's noise stream; pair: integers [n] -> uint32 [n], uint32 [n].
+
+    Two of them, because among millions of pairs many would have the same 32 bits.
+    """
     s, t, p = (np.asarray(v).astype(np.uint32) for v in (seed, step, pair))
     return mix(mix(mix(s) + t) + p), mix(mix(mix(~s) + p) + t)
 
@@ -223,7 +227,9 @@ def empty_model(cfg: Config) -> Model:
 
 
 def new_model(cfg: Config, seed: int) -> Model:
-    """Initial weights: every block is the identity (output, ffn.value, w1, a1, v1 are zero) and the head is zero.
+    """Initial weights: every block is the identity (output and ffn.value are zero), and the head is zero.
+
+    So are w1, a1, v1: decay, learning rate and value residual are at first the same for all tokens.
 
     Matrices are N(0, 16) rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x keeps the size of x. Vectors
     follow the official RWKV-7 formulas. The normal deviate is the sum of four bytes of the noise hash (Irwin-Hall): no
@@ -473,7 +479,7 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
     """Error feedback: weights model.q[at] take the whole int8 steps of a move, residuals keep the rest.
 
-    move: float [n], in 2^-15 int8 steps, at most 64 whole ones of it.
+    move: float [n], in 2^-15 int8 steps; clipped to +-64 whole steps.
     """
     total = model.residual[at] + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
     whole = (total + 2**14) >> 15
@@ -546,7 +552,7 @@ default_backend: Callable[[Config, int], Backend] = NumpyBackend  # part 2 puts 
 # ---------------------------------------------------------------------------------------------------------------------
 # The evolution strategy
 
-LIMITS = {  # least and most; 127 pairs x rank must fit int32 in an update, and T losses of 63 bits in a cost
+LIMITS = {  # least and most; an update's sums of 127 x pairs x rank, and a cost of T times 63 bits, must fit int32
     "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
     "lr": (0, 127), "drift": (0, 1e6), "seed": (0, 2**32 - 1)}
 
@@ -594,7 +600,7 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
-    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, in steps of 3/127."""
+    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, counted in steps of 3/127."""
     rms = math.sqrt(math.fsum(d.astype(float) ** 2) / len(d))  # fsum rounds once, so its bits are the same everywhere
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
@@ -643,8 +649,8 @@ class Members(NamedTuple):
 def move(model: Model, backend: Backend, es: ES, f: np.ndarray) -> None:
     """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
 
-    Z / (|f| sqrt(R)) has unit variance where there is no signal, so the learning rate is the size of a move in int8
-    steps.
+    Z / (||f|| sqrt(R)) has unit variance where there is no signal (||f||: norm over the pairs), so the learning rate is
+    the size of a move in int8 steps, whatever the size of f, sigma and the gradient.
     """
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
     if norm:
@@ -789,7 +795,7 @@ typedef long long i64;
         s_[j_] = x_; \
       } \
       SYNC, FOLD(op, s_))
-  // acc + the four products of the bytes of x, int8, and w, int8 + BIAS
+  // acc + the four products of the bytes of x, int8, and w: unsigned where there is a BIAS, and else int8
   INLINE vi dot4(vi acc, vi x, vi w) { return __dp4a(x, w, acc); }
   // c += a b, int8 16x32 times 32x8, dealt out over a warp (see the PTX manual); the tests' interpreter has its own
   #if __CUDA_ARCH__ >= 800 && !defined MMA
@@ -966,7 +972,7 @@ typedef struct ALIGNED {                          // in fast memory: quantised i
 } Fast;
 
 typedef struct ALIGNED {
-  us k0, k1, words[R * WORDS];                    // keys of their noise, and the noise of all parameters
+  us k0, k1, words[R * WORDS];                    // keys of their noise, and its bits: here only while a batch is run
   fs c;                                           // sigma / sqrt(R), or minus that
   fs vec[VECTORS * D];                            // their own vector parameters: the global ones, and those of a layer
   fs x[CHUNK * D], v_first[CHUNK * D];            // of tokens, one after the other, as in the rest:
@@ -986,6 +992,7 @@ typedef struct {                                  // what all functions need
   int noisy, layer, turn;                         // is there noise; whose vectors are in vec; half of part in use
 } Call;
 
+// These read the locals m and s: the call, and the batch of m->s.
 #define NOISY(t) (m->noisy && (t).word >= 0)      // is this parameter perturbed?
 #define NOISE(k, word) s->words[(k) * WORDS + (word)]  // of column k of an A or B, a word of each lane
 #define VEC(t) (s->vec + (t).vec)                 // a vector parameter of each member
@@ -1009,6 +1016,8 @@ FUNCTION void vectors(Call *m, int first, int last) {
 // ---- y = x (W + c A B^T)^T
 
 // Token e: x in int8, absmax 127, and the products of these codes with B of matrix t. `matmul` does the rest.
+// x B = 2 plus - sum, where plus is the sum of the codes whose entry of B is +1. Word j of 32 channels holds the codes
+// of channels j, j + 8, j + 16, j + 24, so that the noise word, shifted by j, has their four bits where the codes are.
 FUNCTION void quantise(Call *m, int e, const fs *x, Tensor t) {
   Batch *s = m->s;
   Fast *f = m->f;
@@ -1017,7 +1026,7 @@ FUNCTION void quantise(Call *m, int e, const fs *x, Tensor t) {
   const vf top = TOP_ALL(d, t.cols, 1e-30f, vabs(x[d]));
   const vf inv = 127.0f / top;
   const int noisy = NOISY(t);
-  vi sum = isplat(0), plus[R];                    // plus: sum of the codes where the entry of B is +1
+  vi sum = isplat(0), plus[R];
   UNROLL for (int k = 0; k < R; k++) plus[k] = isplat(0);
   for (int i = 0; i < WORDS_OF(t.cols); i++) UNROLL EACH(j, 8) {
     vi code = isplat(0);
@@ -1328,13 +1337,13 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
         embedding(m, s->x + (t - t0) * D, token);
       }
       layer_norm(m, t1 - t0, s->x, s->x, TABLE[BLOCKS_0_LN0_WEIGHT], TABLE[BLOCKS_0_LN0_BIAS]);
-      for (int l = 0; l < L; l++) {               // all tokens go through a layer while its weights are in the cache
-        if (m->layer != l) vectors(m, GLOBALS + l * KINDS, GLOBALS + (l + 1) * KINDS);
-        m->layer = l;
+      for (int layer = 0; layer < L; layer++) {   // all tokens go through a layer while its weights are in the cache
+        if (m->layer != layer) vectors(m, GLOBALS + layer * KINDS, GLOBALS + (layer + 1) * KINDS);
+        m->layer = layer;
         for (int i = 0; i < t1 - t0; i += TOGETHER) {
           const int n = least(TOGETHER, t1 - t0 - i);
-          time_mix(m, l, n, s->x + i * D, s->v_first + i * D);
-          channel_mix(m, l, n, s->x + i * D);
+          time_mix(m, layer, n, s->x + i * D, s->v_first + i * D);
+          channel_mix(m, layer, n, s->x + i * D);
         }
       }
       for (int i = 0; i < t1 - t0; i += TOGETHER) {
@@ -1956,7 +1965,8 @@ def save_model(model: Model, path: Path) -> None:
 
 
 def load_model(path: str | Path) -> Model:
-    """Read model.npz; raises UserError unless it is whole, which the checksums of the zip format tell."""
+    """Read model.npz, or that of a folder; raises UserError unless it is whole, as its checksums tell."""
+    path = Path(path) / "model.npz" if Path(path).is_dir() else path
     data = io.BytesIO(Path(path).read_bytes())
     try:
         with np.load(data, allow_pickle=False) as z:
@@ -1967,8 +1977,8 @@ def load_model(path: str | Path) -> Model:
             if a.dtype != dtype or a.shape != (size,):
                 raise ValueError("its arrays do not fit its shape")
         return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
-    except Exception as e:  # a damaged file can raise almost anything
-        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): data/convert.py makes one of a checkpoint, and "
+    except Exception:  # a damaged file can raise almost anything
+        raise UserError(f"{path} is not a whole model.npz: data/convert.py makes one of a checkpoint, and "
                         "data/replay.py of a run's scores") from None
 
 
@@ -2328,7 +2338,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the options")
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS,
+                                     allow_abbrev=False)
     parser.error = refuse
     source = inspect.getsource(Settings) + inspect.getsource(ES)
     for name, remark in re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE):
@@ -2378,6 +2389,8 @@ def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
     if "out" not in given:
         raise UserError("--resume needs the folder of the run: add --out")
     path = Path(given["out"]) / "model.npz"
+    if not path.exists():
+        raise UserError(f"{given['out']} holds no run: give the --out of one, or start it without --resume")
     model = load_model(path)
     was = model.extra.get("settings")
     if not was:
@@ -2422,6 +2435,8 @@ def run(given: dict[str, Any], team: Team) -> None:
     if not measuring:
         print(f"RWKV-7 of {len(model.q):,} int8 weights, {model.cfg.vocab} tokens, population {s.population}, "
               f"{s.task or s.data or DATA}")
+    if not measuring and team.size > s.population // 2:
+        raise UserError(f"--population {s.population} has fewer pairs than there are processes: start fewer of them")
     if s.eval or not measuring:
         task = (AnswerTask if s.task else TextTask)(s, vocab)
     team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device), model)

@@ -1142,7 +1142,8 @@ BAD = {  # arguments, and what the one line names
     "--task two.jsonl --group-size 3": "--group-size 3", "--task two.jsonl --group-size 2048": "--group-size 2048",
     "--reward mine.py:fails": "--task", "--task two.jsonl --data x": "--data",
     "--task two.jsonl --temperature -1.0": "-1", "--task two.jsonl --length 8192": "--length 8192",
-    "--task two.jsonl --length -1": "-1",
+    "--task two.jsonl --length -1": "-1", "--resume --out none": "none holds no run", "--step 5": "--step",
+    "--load taken": "taken/model.npz is not",
 }
 
 
@@ -1163,6 +1164,13 @@ def test_bad_input_gets_one_line_and_exit_code_2(args, tmp_path, monkeypatch, ca
     assert BAD[args] in main(capsys, *args.split(), code=2)[1]
     shutil.rmtree("__pycache__", ignore_errors=True)
     assert contents(tmp_path) == before
+
+
+def test_fewer_pairs_than_processes_is_one_line(prose):
+    team = E.Team()
+    team.size = 3
+    with pytest.raises(E.UserError, match="--population 4 has fewer"):
+        E.run({"population": 4, "data": str(prose), "tokens": 4, "backend": "numpy"}, team)
 
 
 def test_every_setting_is_an_option_with_a_remark(capsys):

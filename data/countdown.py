@@ -114,8 +114,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (10 <= args.problems <= 10**6 and 2 <= args.count <= 6 and 2 <= args.most <= 100 and 0 <= args.held_out < 10
             and args.operators and set(args.operators) <= set("+-*/")):
-        parser.error("give 10 to 1000000 --problems, --count 2 to 6, --most 2 to 100, --held-out 0 to 9 and --operators "
-                     'of "+-*/"')
+        parser.error("give 10 to 1000000 --problems, --count 2 to 6, --most 2 to 100, --held-out 0 to 9, "
+                     '--operators of "+-*/"')
     rng, found, some = random.Random(args.seed), ({}, {}), args.problems // 10  # to train on, and held out
     for _ in range(20 * args.problems):
         if len(found[0]) < args.problems - some or len(found[1]) < some:

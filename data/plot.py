@@ -57,10 +57,14 @@ def draw(logs: dict[str, list[list[float]]], kind: str, marks: dict[str, float],
         label = f"validation {kind}" if alone else name if name not in colours else None
         [line] = ax.plot(at, validation, label=label, color=colours.get(name), linewidth=3 if alone else 2, marker=".")
         colours[name] = line.get_color()
+    names = dict[float, list[str]]()  # of those that are nearly the same, and would hide each other, in one place
     for name, bits in marks.items():
         if name != "uniform":  # far above all else
             ax.axhline(bits, color="0.4", linewidth=1, linestyle=":")
-            ax.text(1.01, bits, f"{name} {bits:.2f}", va="center", color="0.3", transform=ax.get_yaxis_transform())
+            near = next((other for other in names if abs(other - bits) < 0.03 * bits), bits)
+            names.setdefault(near, []).append(f"{name} {bits:.2f}")
+    for bits, found in names.items():
+        ax.text(1.01, bits, "\n".join(found), va="center", color="0.3", transform=ax.get_yaxis_transform())
     ax.set(xlabel=XLABEL[x], ylabel=UNIT[kind] if alone else f"validation, {UNIT[kind]}", title=title)
     if kind == "bits":  # an accuracy may be 0
         ax.set(xscale="log", yscale="log")
