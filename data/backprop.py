@@ -255,7 +255,7 @@ def train(a: argparse.Namespace, cfg: E.Config, W: Weights, texts: Callable[[flo
         seconds += time.monotonic() - began  # validations do not count
 
 
-USUAL = {"pretrain": {"steps": 1000, "batch": 64, "lr": 4e-3}, "grpo": {"steps": 400, "batch": 64, "lr": 3e-4},
+USUAL = {"pretrain": {"steps": 1000, "batch": 64, "lr": 4e-3}, "grpo": {"steps": 200, "batch": 64, "lr": 1e-4},
          "text": {"steps": 2000, "batch": 8, "lr": 4e-3}}
 
 
@@ -270,7 +270,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, help=f"updates; this, --batch and --lr are else {USUAL}")
     p.add_argument("--batch", type=int, help="documents, answers or segments to a step")
     p.add_argument("--lr", type=float, help="learning rate at first; it falls to 0")
-    p.add_argument("--group", type=int, default=8, help="answers to a problem (8), a divisor of --batch")
+    p.add_argument("--group", type=int, default=4, help="answers to a problem (4), a divisor of --batch")
     p.add_argument("--guess", type=float, default=0.75, help="share of the last documents that guess (0.75)")
     p.add_argument("--every", type=int, help="steps from one validation to the next (a twentieth of all)")
     p.add_argument("--seed", type=int, default=0)
