@@ -1915,6 +1915,61 @@ def test_equal_tensors_give_equal_models_however_they_are_stored(tmp_path):
         np.testing.assert_array_equal(m.scale, models[0].scale)
 
 
+def hugging_face(W):
+    """The same tensors by the names and in the shapes of the Hugging Face form."""
+    names = [("emb", "model.embeddings"), ("ln_out", "model.norm"), ("head", "lm_head"), ("blocks.", "model.layers."),
+             (".ln0", ".pre_norm"), (".ln1", ".attn_norm"), (".ln2", ".ffn_norm"), ("att.ln_x", "att.g_norm"),
+             ("att.receptance", "att.r_proj"), ("att.key", "att.k_proj"), ("att.value", "att.v_proj"),
+             ("att.output", "att.o_proj"), (".att.", ".attn.")]
+    found = {}
+    for name, w in W.items():
+        for official, other in names:
+            name = name.replace(official, other)
+        if lora := re.fullmatch(r"(.*\.)([wavg])([012])", name):
+            name = f"{lora[1]}{lora[2]}_lora.lora." + {"0": "2.bias", "1": "0.weight", "2": "2.weight"}[lora[3]]
+            w = w.T
+        found[name] = w.ravel() if 1 in w.shape[:2] else w
+    return found
+
+
+def test_other_names_and_leftovers_of_training_give_the_same_model(tmp_path, capsys):
+    """The six mixes apart or in one, v of the first layer or not, ln0 of others, which one line is said of."""
+    W = official(E.Config(12, 2, 4, 256, 48, (3, 4, 5, 6)), 1)
+    other, noted = hugging_face(W), {"blocks.1.ln0.weight": np.ones(12), "blocks.1.ln0.bias": np.zeros(12)}
+    mixes = {f"model.layers.{i}.attn.x_x": np.stack([W[f"blocks.{i}.att.x_{n}"].ravel() for n in "rwkvag"])
+             for i in range(2)}
+    one = {name: w for name, w in other.items() if ".attn.x_" not in name} | mixes
+    unused = {f"blocks.0.att.v{i}": np.ones((3, 2)) for i in range(3)}
+    whole = C.convert(write(tmp_path, W))
+    for kind in "alone", "safetensors":
+        for tensors in other, one, W | unused, W | noted:
+            m = C.convert(write(tmp_path, tensors, "F32", kind))
+            assert m.sha256() == whole.sha256()
+            np.testing.assert_array_equal(m.scale, whole.scale)
+            assert ("ln0" in capsys.readouterr().err) == (tensors.keys() == (W | noted).keys())
+
+
+@pytest.mark.parametrize(("start", "why"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"), (b"<!DOCTYPE html>", "web page"),
+    (b"\r\n <html>", "web page"), (b"\x1f\x8b\x08", "gunzip"), (b'\xef\xbb\xbf{"weight_map": {}}', "one file"),
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"), (b"", "no whole"),
+    (b"PK\x05\x06" + bytes(18), "no whole")])
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_file_of_another_kind_is_named(start, why, name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(start)
+    assert refused(tmp_path / name, why, capsys)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "x-2-of-10.pth"])
+def test_one_of_several_shards_is_named(name, tmp_path, capsys):
+    """A whole one may be called so, too."""
+    path = write(tmp_path, official(SMALL, 0), packing="safetensors" if name.endswith("s") else "alone")
+    path = path.rename(tmp_path / name)
+    C.convert(path)
+    path = write(tmp_path, dict(list(official(SMALL, 0).items())[9:]), packing=path.suffix[1:].replace("pth", "alone"))
+    assert refused(path.rename(tmp_path / name), "one of several", capsys)
+
+
 def test_outlying_columns_are_scaled_without_a_change_of_the_function(tmp_path):
     """Of float64 activations, that is; what is left is the rounding of the weights."""
     cfg, errors = E.Config(32, 2, 8, 256, 128, (16, 16, 16, 16)), []

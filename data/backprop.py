@@ -51,7 +51,7 @@ def initial(cfg: E.Config, seed: int) -> Weights:
 def load(path: Path) -> tuple[E.Config, Weights]:
     """A model of bytes from an official .safetensors; raises UserError and OSError."""
     with convert.reading(path, "RWKV-7", convert.OTHER_FILE), open(path, "rb") as file:
-        tensors = convert.read_safetensors(file)
+        tensors = convert.official(convert.read_safetensors(file))
         cfg = convert.official_config(tensors)
         found = {n: torch.tensor(convert.entries(p, tensors[n])) for n, p in cfg.params.items()}
     return cfg, {n: (w if cfg.params[n].cols else w[:, 0]).contiguous().requires_grad_() for n, w in found.items()}

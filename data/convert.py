@@ -3,9 +3,9 @@
     python data/convert.py rwkv7.pth --vocab rwkv_vocab_v20230424.txt --out world.npz
     python nano_eggroll.py --load world.npz --sample "User: why is the sky blue?"
 
-Reads .safetensors, and .pth of torch >= 1.6, of bfloat16, float16 or float32. The World models need their vocabulary;
-a model of 256 tokens is one of bytes. A .pth holds a pickle, which may name any function to be called: here a name
-means one of the six that tensors need, or the file is refused.
+Reads .safetensors, and .pth of torch >= 1.6, of bfloat16, float16 or float32, with official names or those of the
+Hugging Face form. The World models need their vocabulary; a model of 256 tokens is one of bytes. A .pth holds a pickle,
+which may name any function to be called: here a name means one of the six that tensors need, or the file is refused.
 """
 
 import argparse
@@ -100,6 +100,30 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------------
 # An RWKV-7 of them, in int8
 
+# What the Hugging Face form (flash-linear-attention) calls the parameters: a part of a name, and the official one
+HUGGING_FACE = {r"^model\.embeddings": "emb", r"^model\.norm": "ln_out", r"^lm_head": "head",
+                r"^model\.layers\.": "blocks.", r"\.pre_norm": ".ln0", r"\.attn_norm": ".ln1", r"\.ffn_norm": ".ln2",
+                r"\.attn\.g_norm": ".att.ln_x", r"\.attn\.": ".att.", r"r_proj": "receptance", r"k_proj": "key",
+                r"v_proj": "value", r"o_proj": "output", r"([wavg])_lora\.lora\.2\.bias": r"\g<1>0",
+                r"([wavg])_lora\.lora\.0\.weight": r"\g<1>1", r"([wavg])_lora\.lora\.2\.weight": r"\g<1>2"}
+
+
+def official(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same tensors with official names and order of axes, without what no RWKV-7 uses, of which a line is said."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.T if re.search(r"_lora\.lora\.[02]\.weight$", name) else tensor
+        for old, new in HUGGING_FACE.items() if "model.embeddings.weight" in tensors else ():
+            name = re.sub(old, new, name)
+        if name.endswith(".att.x_x") and tensor.size % 6 == 0:  # the six mixes in one
+            found |= {name[:-1] + n: row for n, row in zip("rwkvag", tensor.reshape(6, -1))}
+        elif not re.fullmatch(r"blocks\.0\.att\.v[012]", name):  # which some files have, though there is no v before
+            found[name] = tensor
+    leftovers = [name for name in found if re.fullmatch(r"blocks\.[1-9]\d*\.ln0\.(weight|bias)", name)]
+    if leftovers:
+        E.note(f"{leftovers[0]} and the like are left out, as only the first layer has ln0")
+    return {name: tensor for name, tensor in found.items() if name not in leftovers}
+
 
 def official_config(tensors: dict[str, np.ndarray]) -> E.Config:
     """The shape of the RWKV-7 that these tensors are; raises ValueError if they are none."""
@@ -113,8 +137,7 @@ def official_config(tensors: dict[str, np.ndarray]) -> E.Config:
     (V, D), (_, N), (F, _) = shape("emb.weight"), shape(last + "att.r_k"), shape(last + "ffn.key.weight")
     inner = tuple(shape(f"{last}att.{n}1")[1] if n != "v" or layers > 1 else 1 for n in "wavg")  # layer 0 has no v1
     cfg = E.Config(D, layers, N, V, F, inner)
-    unused = {f"blocks.0.att.v{i}" for i in range(3)}  # which some files have
-    for names, what in (set(cfg.params) - set(tensors), "lacks"), (set(tensors) - set(cfg.params) - unused, "has"):
+    for names, what in (set(cfg.params) - set(tensors), "lacks"), (set(tensors) - set(cfg.params), "has"):
         if names:
             raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
     return cfg
@@ -184,6 +207,27 @@ def quantise(cfg: E.Config, tensors: dict[str, np.ndarray]) -> E.Model:
 # The command
 
 
+FOREIGN = {  # what files begin with that are something else, what they are, and what to do
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself: get that with git lfs pull",
+    b"<": "a web page: download the file that it is about",
+    b"\x1f\x8b": "packed by gzip: unpack it with gunzip",
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": 
+    "a .pth of torch before 1.6: write it anew with torch.save(torch.load(...), ...)",
+    b"{": "JSON, such as the index of several shards: load the model in Python, and save it as one file"}
+
+
+def other_kind(path: Path) -> str:
+    """What a file is that cannot be read as what it should be, and what to do; "" if that is not known."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        for start, what in FOREIGN.items():
+            if head.startswith(start):
+                return what
+        if re.search(r"\d+-of-0*([2-9]|[1-9]\d+)\b", path.name):
+            return "one of several shards: load the model in Python, and save it as one file"
+    return ""
+
+
 @contextlib.contextmanager
 def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Make one E.UserError of whatever goes wrong with a file; a damaged one can raise almost anything."""
@@ -192,6 +236,8 @@ def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
     except E.UserError:
         raise
     except Exception as e:
+        if kind := other_kind(path):
+            raise E.UserError(f"{path} is {kind}") from None
         cause = f"cannot read {path} ({e.strerror})" if isinstance(e, OSError) else f"{path} is no {what} ({e})"
         raise E.UserError(f"{cause}: {remedy}") from None
 
@@ -224,7 +270,7 @@ def convert(path: Path, vocab: Path | None = None) -> E.Model:
     """
     tokens = [chr(byte) for byte in range(256)]
     with reading(path, "whole RWKV-7 checkpoint", OTHER_FILE), open(path, "rb") as file:
-        tensors = (read_safetensors if path.suffix.lower() == ".safetensors" else read_pth)(file)
+        tensors = official((read_safetensors if path.suffix.lower() == ".safetensors" else read_pth)(file))
         cfg = official_config(tensors)
         if vocab:
             with reading(vocab, "vocabulary of this model", VOCAB_FILE):
