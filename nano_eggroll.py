@@ -1835,11 +1835,28 @@ def printable(text: str) -> str:
     return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
+PACKED = {b"\x1f\x8b": "zcat", b"PK\x03\x04": "unzip -p", b"\xff\xfe": "iconv -f utf-16 -t utf-8",
+          b"\xfe\xff": "iconv -f utf-16 -t utf-8"}  # what a file begins with that is no text, and what makes it one
+PIPES = dict[str, bytes]()  # what was read from paths that can be read but once
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file, or once more a pipe; raises UserError for what is packed, and OSError."""
+    data = PIPES[str(path)] if str(path) in PIPES else Path(path).read_bytes()
+    if not Path(path).is_file() and str(path) not in PIPES:
+        PIPES[str(path)] = data
+        note(f"{path} is a pipe, so this run cannot be resumed: for that, write it to a file")
+    for start, command in PACKED.items():
+        if data.startswith(start):
+            raise UserError(f"{path} is no plain text: use what is printed by {command} {path}")
+    return data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+
+
 def read_text(data: str | Path, valid: str | Path = "") -> tuple[bytes, bytes]:
     """Training text and validation text, which is `valid` or the last 10% of `data`."""
-    text = Path(data).read_bytes()
+    text = read_bytes(data)
     cut = len(text) if valid else len(text) * 9 // 10
-    return text[:cut], Path(valid).read_bytes() if valid else text[cut:]
+    return text[:cut], read_bytes(valid) if valid else text[cut:]
 
 
 class Vocab:
@@ -2147,14 +2164,16 @@ def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
 
     A prompt that is held out is not trained on, if it comes twice. Raises UserError.
     """
-    problems, line, data = [], "", Path(path).read_bytes()
+    problems, line, text = [], "", read_bytes(path)
     try:
-        for line in filter(str.strip, data.decode("utf-8-sig").split("\n")):
-            p = json.loads(line)
+        whole = text.decode().strip()
+        for line in json.loads(whole) if whole.startswith("[") else filter(str.strip, whole.split("\n")):
+            p = json.loads(line) if isinstance(line, str) else line
             problems.append(Problem(p["prompt"] + "", p["answer"], p.get("solution", "") + ""))
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise UserError(f"{path} is not a file of problems ({e!r:.200} in {line[:60]!r}): write one "
-                        '{"prompt": "...", "answer": ...} a line') from None
+        raise UserError(f"{path} is not a file of problems ({e!r:.200} in {str(line)[:60]!r}): " + (
+                        "data/gsm8k.py converts such files" if '"question"' in str(line) else
+                        'write one {"prompt": "...", "answer": ...} a line')) from None
     held = problems[len(problems) * 9 // 10:]
     asked = {p.prompt for p in held}
     train = [p for p in problems if p.prompt not in asked]
@@ -2410,7 +2429,7 @@ def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
 def hashes(s: Settings) -> dict[str, str]:
     """SHA-256 of the files that a run reads."""
     paths = {"task": s.task} if s.task else {"data": s.data or DATA, "valid": s.valid}
-    return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in paths.items() if path}
+    return {name: hashlib.sha256(read_bytes(path)).hexdigest() for name, path in paths.items() if path}
 
 
 def prepare_out(out: str) -> Path:

@@ -1143,7 +1143,9 @@ BAD = {  # arguments, and what the one line names
     "--reward mine.py:fails": "--task", "--task two.jsonl --data x": "--data",
     "--task two.jsonl --temperature -1.0": "-1", "--task two.jsonl --length 8192": "--length 8192",
     "--task two.jsonl --length -1": "-1", "--resume --out none": "none holds no run", "--step 5": "--step",
-    "--load taken": "taken/model.npz is not",
+    "--load taken": "taken/model.npz is not", "--data text.gz": "zcat", "--data text.zip": "unzip -p",
+    "--data utf16.txt": "iconv", "--data short.txt --valid text.gz": "zcat", "--task text.gz": "zcat",
+    "--task gsm8k": "data/gsm8k.py", "--task array.json": "answer",
 }
 
 
@@ -1156,14 +1158,35 @@ def test_bad_input_gets_one_line_and_exit_code_2(args, tmp_path, monkeypatch, ca
     for path, text in {"empty.txt": "", "short.txt": "x" * 300, "model.pth": "x", "one.jsonl": problem,
                        "two.jsonl": problem + problem % 1, "numbers.jsonl": '{"prompt": 1, "answer": 2}',
                        "unanswered.jsonl": problem + '{"prompt": "a"}',
+                       "gsm8k": '{"question": "", "answer": "#### 7"}', "array.json": '[{"prompt": ""}]',
                        "taken/model.npz": "precious", "logged/log.csv": "precious",
                        "mine.py": "def fails(*_):\n    raise ValueError('out of luck')"}.items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text(text)
+    for path, data in ("text.gz", b"\x1f\x8b\x08"), ("text.zip", b"PK\x03\x04"), ("utf16.txt", "x".encode("utf-16")):
+        Path(path).write_bytes(data)
     before = contents(tmp_path)
     assert BAD[args] in main(capsys, *args.split(), code=2)[1]
     shutil.rmtree("__pycache__", ignore_errors=True)
     assert contents(tmp_path) == before
+
+
+@posix
+def test_a_pipe_trains_and_a_byte_order_mark_is_no_token(prose, tmp_path, monkeypatch, capsys):
+    """Though it can be read but once; that it cannot be resumed is said at once."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    writer = subprocess.Popen(["sh", "-c", "printf '\\357\\273\\277' | cat - \"$0\" > pipe", str(prose)])
+    usual = [*QUICK, "--backend", "numpy", "--tokens", "4", "--steps", "2"]
+    with mock.patch.object(E, "note") as note:
+        piped = main(capsys, *usual, "--data", "pipe", "--out", "a")
+    writer.wait()
+    assert "cannot be resumed" in str(note.call_args_list[0])
+    assert main(capsys, *usual, "--data", prose, "--out", "b")[-1] == piped[-1]
+    Path("pipe").unlink()
+    E.PIPES.clear()
+    Path("pipe").write_text("another text")
+    assert "pipe" in main(capsys, "--resume", "--out", "a", code=2)[1]
 
 
 def test_fewer_pairs_than_processes_is_one_line(prose):
@@ -1269,9 +1292,11 @@ def test_world_tokens_train_with_embedding_and_head_frozen(tmp_path, capsys):
 # Problems and rewards
 
 
-def test_problems_that_are_held_out_are_not_trained_on(tmp_path):
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_problems_that_are_held_out_are_not_trained_on(form, tmp_path):
     problems = [{"prompt": f"p{i % 35}", "answer": i} for i in range(50)]
-    (tmp_path / "p.jsonl").write_text("\ufeff" + "\r\n\r\n".join(map(json.dumps, problems)), "utf-8")
+    text = json.dumps(problems, indent=1) if form == "array" else "\r\n\r\n".join(map(json.dumps, problems))
+    (tmp_path / "p.jsonl").write_text("\ufeff" + text, "utf-8")
     train, held = E.read_problems(tmp_path / "p.jsonl")
     assert [p.answer for p in held] == [45, 46, 47, 48, 49]
     assert [p.answer for p in train] == [i for i in range(45) if not 10 <= i % 35 < 15]
@@ -1371,6 +1396,22 @@ def test_a_group_gets_one_problem_of_those_to_train_on(group, seed):
         assert all(len(set(prompts[i:i + group])) == 1 for i in range(0, 16, group))
         assert len(set(prompts)) > 1
         assert all(answer < 45 and prompt == str(answer) for prompt, _, answer in asked)
+
+
+@pytest.mark.parametrize(("returned", "worth"), [
+    ("True", 1), ("0.5", 0.5), ("numpy.float16(0.5)", 0.5), ("numpy.array([[0.5]]).max()", 0.5), ("print('x') or 1", 1),
+    ("float('nan')", math.nan), ("10**400", None), ("None", None), ("'much'", None), ("[1]", None), ("1 / 0", None),
+    ("exit()", None), ("prompt.nothing", None)])
+def test_a_reward_is_a_number_or_one_line_says_that_it_failed(returned, worth, letters):
+    code = f"import numpy\n\ndef letter(prompt, completion, answer):\n    return {returned}\n"
+    Path("beside/mine.py").write_text(code)
+    s = E.Settings(task="p.jsonl", reward="beside/mine.py:letter")
+    if worth is None:
+        with pytest.raises(E.UserError, match="the reward failed"):
+            E.AnswerTask(s, E.Vocab())
+    else:
+        task = E.AnswerTask(s, E.Vocab())
+        np.testing.assert_array_equal(task.rewards(task.held, ["a"] * len(task.held)), worth)
 
 
 def test_pairs_of_equal_or_no_fitness_and_weights_at_their_limit_are_in_the_log(letters, capsys):
@@ -1565,9 +1606,11 @@ def test_what_is_said_of_memory_can_be_measured(tmp_path, capsys, monkeypatch):
     ("countdown", {"numbers": [3, 5, 8, 2], "target": 24}, 0, ["8*(5-2)", "3*8*(5-2*2)", "(5-2)*8*3", "8*3"]),
     ("countdown", {"numbers": [1, 3, 4, 6], "target": 24}, 1, ["6/(1-3/4)"]),  # by fractions
     ("countdown", {"numbers": [1, 1, 1], "target": 1}, 0, ["1/(1-1)"]),
-    ("gsm8k", "7", 1, ["7", "so 3 + 4 = 7.", " $7.00 a day", "it is 7\nQuestion: what is 5?\nAnswer: 5"]),
-    ("gsm8k", "7", 0, ["", "none", "7 or 8", "-7", "77", "7.5", "7,000", "\nQuestion: 7"]),
-    ("gsm8k", "-1234.5", 1, ["-1,234.50"]), ("gsm8k", 12, 1, ["12"]), ("gsm8k", "none", 0, ["none", "7"]),
+    ("gsm8k", "7", 1, ["7", "so 3 + 4 = 7.", " $7.00 a day", "it is 7\nQuestion: what is 5?\nAnswer: 5", "#### 7"]),
+    ("gsm8k", "7", 1, ["12-7", "(5)-7", "7 clips, altogether", "x=7,", "7%"]),
+    ("gsm8k", "7", 0, ["", "none", "7 or 8", "-7", "77", "7.5", "7,000", "\nQuestion: 7", "#### -7", "= -7", "7-8"]),
+    ("gsm8k", "-1234.5", 1, ["-1,234.50", "it is -$1 or -1,234.50."]), ("gsm8k", "1234", 1, ["$1,234.00.", "1,234,"]),
+    ("gsm8k", 12, 1, ["12"]), ("gsm8k", "none", 0, ["none", "7"]),
 ])
 def test_rewards_of_scripts(name, answer, score, completions):
     reward = script(name).reward

@@ -20,8 +20,8 @@ def reward(prompt: str, completion: str, answer: str) -> float:
 
 
 def numbers(text: str) -> list[float]:
-    """All numbers of a text, such as -1,234.50."""
-    return [float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+    """All numbers of a text, such as -1,234.50; of 10-5 the last one is 5."""
+    return [float(n.replace(",", "")) for n in re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", text)]
 
 
 def problem(line: str) -> dict[str, str]:
