@@ -113,11 +113,11 @@ class Config:
         for layer in range(self.layers):
             block: dict[str, tuple[int, int]] = {}
             for n, size in zip(MLPS, self.mlp):
+                if n == "v" and layer == 0:  # the value residual starts at the second layer
+                    continue
                 if n != "g":  # the gate has no bias
                     block[f"att.{n}0"] = (D, 0)
                 block |= {f"att.{n}1": (size, D), f"att.{n}2": (D, size)}  # the official files have them transposed
-            if layer == 0:  # the value residual starts at the second layer
-                block = {name: shape for name, shape in block.items() if not name.startswith("att.v")}
             block |= {f"att.x_{n}": (D, 0) for n in "rwkvag"}  # in a row, as the kernel's token_shift takes them
             block |= {f"att.{n}": (D, 0) for n in ("k_k", "k_a", "r_k")}
             block |= {f"att.{n}.weight": (D, D) for n in ("receptance", "key", "value", "output")}
@@ -176,14 +176,17 @@ def noise_words(keys: Keys, word: np.ndarray) -> np.ndarray:
 
 
 def signs(keys: Keys, word: int, entries: int) -> np.ndarray:
-    """+-1 entries of n pairs, starting at a word of their streams -> int8 [n, entries]."""
-    h = noise_words(keys, word + np.arange(words_of(entries)))
-    bit = (h[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    return (2 * bit.reshape(len(h), -1)[:, :entries].astype(np.int8) - 1).astype(np.int8)
+    """+-1 entries of n pairs -> int8 [n, entries]: entry i is +1 where bit i % 32 of word `word` + i // 32 is set."""
+    h = noise_words(keys, word + np.arange(words_of(entries))).astype("<u4")
+    return 2 * np.unpackbits(h.view(np.uint8), axis=1, count=entries, bitorder="little").astype(np.int8) - 1
 
 
 def factors(cfg: Config, p: Param, keys: Keys, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1."""
+    """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1.
+
+    The stream of a pair holds A and B of the first parameter, of the second one, ..., each from a new word on; all that
+    comes R times, so that the first column is that of rank 1.
+    """
     at = [p.word + k * cfg.sizes.words for k in range(rank)]  # the k-th column has its own stretch of the stream
     A = np.stack([signs(keys, w, p.out) for w in at], 1)
     if not p.cols:
@@ -243,7 +246,7 @@ def new_model(cfg: Config, seed: int) -> Model:
             m.scales(name)[:] = 1 / 16 if part == "emb.weight" else 1 / (16 * math.sqrt(p.cols))
             if part in ("head.weight", "att.output.weight", "ffn.value.weight", "att.w1", "att.a1", "att.v1"):
                 continue
-            h = mix(mix(np.arange(p.size)) + mix(mix(seed) + np.uint32(n)))
+            h = mix(mix(np.arange(p.size)) + mix(mix([seed]) + np.uint32(n)))
             total = h.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.int32) - 510  # of mean 0, variance (256^2 - 1)/3
             m.weight(name)[:] = np.rint(total * (16 / math.sqrt((256**2 - 1) / 3))).reshape(p.out, p.cols)
             continue
@@ -476,15 +479,16 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 # ---------------------------------------------------------------------------------------------------------------------
 # The population and the update, in numpy. Part 2 has the same two methods as a kernel.
 
-def feed_back(model: Model, at: slice, move: np.ndarray) -> None:
-    """Error feedback: weights model.q[at] take the whole int8 steps of a move, residuals keep the rest.
+def feed_back(q: np.ndarray, residual: np.ndarray, move: np.ndarray) -> None:
+    """Error feedback: weights q take the whole int8 steps of a move, residuals keep the rest, at most half a step.
 
-    move: float [n], in 2^-15 int8 steps; clipped to +-64 whole steps.
+    q int8 [n], residual int16 [n], both changed; move: float [n], in 2^-15 int8 steps, clipped to +-64 steps. What
+    would take a weight beyond +-127 is lost.
     """
-    total = model.residual[at] + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
-    whole = (total + 2**14) >> 15
-    model.residual[at] = total - (whole << 15)
-    model.q[at] = np.clip(model.q[at] + whole, -127, 127)
+    total = residual + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
+    whole = (total + 2**14) >> 15  # the nearest whole number
+    residual[:] = total - (whole << 15)
+    q[:] = np.clip(q + whole, -127, 127)
 
 
 class NumpyBackend:
@@ -537,12 +541,13 @@ class NumpyBackend:
         """
         for p in self.cfg.trained[units or slice(None)]:
             Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
-            for i in range(0, len(f), 256):  # a block's sums stay below 2^24, so the float32 product is exact
+            for i in range(0, len(f), 256):  # for memory; sums below 2^24 are exact in a float32 product
                 part = f[i:i + 256]
                 A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
                 fA = (part[:, None, None] * A.astype(F32)).reshape(-1, p.out)
                 Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
-            feed_back(model, slice(p.at, p.at + p.size), Z.astype(F32).ravel() * F32(gain))
+            at = slice(p.at, p.at + p.size)
+            feed_back(model.q[at], model.residual[at], Z.astype(F32).ravel() * F32(gain))
 
 
 Backend = Any  # NumpyBackend, or one of part 2 with the same methods
@@ -601,6 +606,7 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
 
 def shape_fitness(d: np.ndarray) -> np.ndarray:
     """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, counted in steps of 3/127."""
+    d = np.where(np.isfinite(d), d, 0)  # a pair whose fitness is no number counts as equal
     rms = math.sqrt(math.fsum(d.astype(float) ** 2) / len(d))  # fsum rounds once, so its bits are the same everywhere
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
@@ -675,7 +681,7 @@ def es_step(model: Model, backend: Backend, es: ES,
     with np.errstate(invalid="ignore", over="ignore"):
         found = found if found.dtype == np.int32 else found.astype(F32)
         d = found[::2].astype(float) - found[1::2]
-    f = shape_fitness(np.where(np.isfinite(d), d, 0))
+    f = shape_fitness(d)
     move(model, backend, es, f)
     return found, f
 
@@ -684,7 +690,9 @@ def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backen
            report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
     """Train a model for anything that can be scored, from model.step to es.steps.
 
-    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32; report
+    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32, so that
+    it should not hide small differences behind a large constant. The members need of the model only q, residual, step,
+    and of its cfg only trained and sizes.words, if you score them yourself and give a backend like NumpyBackend. report
     gets what `es_step` returns, after each step, and ends the run by returning something true.
     """
     backend = backend or default_backend(model.cfg, es.rank)
@@ -1825,6 +1833,7 @@ FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may d
 
 DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
 BYTES = [bytes([i]) for i in range(256)]
+SAMPLE = 2**22  # bytes that say enough of a long text
 WORD = re.compile(rb" ?[A-Za-z\x80-\xff]+|.", re.DOTALL)  # within which tokens merge
 # Control characters, bidirectional overrides and lone surrogates
 UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -1879,8 +1888,10 @@ class Vocab:
             self.units.append(self.units[a] + self.units[b])
         split = [(unit, pair) for pair, unit in reversed(made) if self.units[ord(unit)] not in self.number]
         self.replacements = [*made, *split]  # a unit that is no token is taken apart again
+        self.numbers = {i: chr(self.number[unit]) for i, unit in enumerate(self.units) if unit in self.number}
         self.newline = self.number.get(b"\n", 0)
         self.world = not merges and max(map(len, tokens)) > 1
+        self.first = b"" if self.world else bytes(self.number.get(byte, self.newline) for byte in BYTES)
         self.end = 0 if self.world else self.newline  # of an answer
         self.longest: dict[bytes, int] = {}  # token that starts with these two bytes
         for token in self.number:
@@ -1889,16 +1900,21 @@ class Vocab:
     def encode(self, text: bytes) -> np.ndarray:
         """Tokens of a text, uint16 [n]: all merges in their order, or always the longest token that fits."""
         if not self.world:  # a character for each unit, so that a merge is a replacement
-            first = bytes(self.number.get(byte, self.newline) for byte in BYTES)
-
             @cache
             def spell(word: bytes) -> bytes:
-                units = word.translate(first).decode("latin-1")
+                units = word.translate(self.first).decode("latin-1")
                 for old, new in self.replacements:
                     units = units.replace(old, new)
-                return "".join(chr(self.number[self.units[ord(unit)]]) for unit in units).encode("utf-16-le")
+                return units.translate(self.numbers).encode("utf-16-le")
 
-            return np.frombuffer(WORD.sub(lambda word: spell(word[0]), text), np.uint16)
+            parts, at = list[bytes](), 0
+            while at < len(text):  # in parts, so that words do not fill the memory
+                words = WORD.findall(text, at, at + SAMPLE)
+                if at + SAMPLE < len(text) and len(words) > 1:
+                    words.pop()  # it may go on
+                at += sum(map(len, words))
+                parts.append(b"".join(map(spell, words)))
+            return np.frombuffer(b"".join(parts), np.uint16)
         found, at = [], 0
         while at < len(text):
             sizes = range(self.longest.get(text[at:at + 2], 1), 0, -1)
@@ -1913,15 +1929,15 @@ class Vocab:
 
 
 def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
-    """The bytes of both texts and, up to `size` tokens in all, merges of the first 16 MB of `text`, if it has so many.
+    """The bytes of both texts and, up to `size` tokens in all, merges of the first SAMPLE of `text`, if it has so many.
 
     Byte-pair encoding (arXiv 1508.07909): a merge is the pair of units that is the most frequent (of several, the
     lowest) when the merges before have been made. What later merges leave nothing of, such as a part of one word only,
     is no token. A WORD is letters and a space before them, so that digits, signs and newlines remain single bytes.
     """
     tokens, merges = [BYTES[i] for i in sorted({*text, *val_text, *b"\n"})], list[list[int]]()
-    found, known, units = Counter(WORD.findall(text[:2**24])), Vocab(tokens), list(tokens)
-    words = {"".join(map(chr, known.encode(word))): n for word, n in found.items()}  # a character for each unit
+    found, known, units = Counter(WORD.findall(text[:SAMPLE])), Vocab(tokens), list(tokens)
+    words = {word.translate(known.first).decode("latin-1"): n for word, n in found.items()}  # a character for each unit
     often, left = Counter[tuple[str, str]](), Counter[str]()
     for word, n in words.items():
         for pair in itertools.pairwise(word):
@@ -1929,25 +1945,29 @@ def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
     while (len(tokens) + len({units[ord(unit)] for unit, n in left.items() if n > 0}) < size
            and (most := max(often.values(), default=0)) > 1):
         a, b = min(pair for pair, n in often.items() if n == most)
-        new = chr(len(units))
-        for word in [word for word in words if a + b in word]:
-            n, merged = words.pop(word), word.replace(a + b, new)
+        old, new, made = a + b, chr(len(units)), 0
+        for word in [word for word in words if old in word]:
+            n, merged = words.pop(word), word.replace(old, new)
             words[merged] = n
+            made += merged.count(new) * n
             for pair in itertools.pairwise(word):
                 often[pair] -= n
             for pair in itertools.pairwise(merged):
                 often[pair] += n
-            made = merged.count(new) * n
-            left.update({new: made})
-            left.subtract({a: made, b: made} if a != b else {a: 2 * made})
+        left[new] = made
+        left[a] -= made
+        left[b] -= made
         merges.append([ord(a), ord(b)])
         units.append(units[ord(a)] + units[ord(b)])
     return Vocab([*tokens, *dict.fromkeys(units[ord(unit)] for unit, n in sorted(left.items()) if n > 0)], merges)
 
 
-def yardsticks(vocab: Vocab, text: bytes, val_text: bytes) -> dict[str, float]:
-    """Bits/byte of the validation text by tables of single tokens and of pairs, counted in the other, and by gzip."""
-    train, val = (vocab.encode(t).astype(np.int64) for t in (text, val_text))
+def yardsticks(vocab: Vocab, text: bytes, val_text: bytes, train: np.ndarray, val: np.ndarray) -> dict[str, float]:
+    """Bits/byte of the validation text by tables of single tokens and of pairs, counted in the other, and by gzip.
+
+    train, val: the tokens of both texts. gzip packs both, or the first SAMPLE of them.
+    """
+    train, val, packed = train.astype(np.int64), val.astype(np.int64), (text + val_text)[:SAMPLE]
     seen = len(np.unique(train))
 
     def bits(counted: np.ndarray, asked: np.ndarray, total: np.ndarray) -> float:
@@ -1960,7 +1980,7 @@ def yardsticks(vocab: Vocab, text: bytes, val_text: bytes) -> dict[str, float]:
     return {"uniform": math.log2(len(vocab.tokens)) * len(val) / len(val_text),
             "unigram": bits(train, val[1:], np.array(len(train))),
             "bigram": bits(train[:-1] << 16 | train[1:], val[:-1] << 16 | val[1:], context),
-            "gzip -9": 8 * len(gzip.compress(text + val_text, 9)) / len(text + val_text)}
+            "gzip -9": 8 * len(gzip.compress(packed, 9)) / len(packed)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2134,7 +2154,7 @@ class TextTask:
             note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
         if not s.eval:
             known = {} if s.data or s.valid else {"true entropy": float(DATA.with_suffix(".entropy").read_text())}
-            marks = yardsticks(vocab, text, val_text) | known
+            marks = yardsticks(vocab, text, val_text, train, val) | known
             print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
         self.vocab, self.tokens, self.seed, self.val = vocab, s.tokens, s.seed, val
         self.fitness = predict(train, s.tokens)
@@ -2389,6 +2409,8 @@ def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
         s = replace(s, vocab=s.vocab or ("bytes" if s.task else "256" if s.data else "2048"))
         if s.vocab != "bytes" and not (s.vocab.isdecimal() and 1 <= int(s.vocab) <= 4096):
             raise UserError(f"--vocab {s.vocab} cannot be learned: choose 1 to 4096, or bytes")
+        if s.data and os.path.getsize(s.data) > 2**24:
+            note(f"{s.data} is large: the first step begins after some seconds")
         vocab = Vocab() if s.vocab == "bytes" else learn_vocab(*read_text(s.data or DATA, s.valid), int(s.vocab))
         model = new_model(Config(s.dim, s.layers, s.head_size, len(vocab.tokens)), s.seed)
     s = replace(s, freeze="emb,head" if vocab.world and "freeze" not in given else s.freeze)

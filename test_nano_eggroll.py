@@ -8,6 +8,7 @@
 import contextlib
 import csv
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -26,7 +27,7 @@ import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -851,7 +852,8 @@ def test_a_sample_shows_whole_characters_and_nothing_that_changes_a_terminal():
 
 
 def test_yardsticks_know_what_is_known():
-    found = E.yardsticks(E.Vocab(), b"ab" * 5000, b"ab" * 500)
+    vocab, texts = E.Vocab(), (b"ab" * 5000, b"ab" * 500)
+    found = E.yardsticks(vocab, *texts, *map(vocab.encode, texts))
     assert found["uniform"] == 8
     assert abs(found["unigram"] - 1) < 0.01 > found["bigram"]
     assert 0.1 > found["gzip -9"]
@@ -860,12 +862,13 @@ def test_yardsticks_know_what_is_known():
 @given(st.lists(WORDS, min_size=9, max_size=60).map(b"".join), st.lists(WORDS, min_size=2, max_size=60).map(b"".join))
 def test_yardsticks_are_those_of_counts_of_tokens(text, val_text):
     vocab = E.learn_vocab(text, val_text, 20)
-    train, val = (vocab.encode(t).tolist() for t in (text, val_text))
+    tokens = [vocab.encode(t) for t in (text, val_text)]
+    train, val = (t.tolist() for t in tokens)
     singles, pairs, contexts = Counter(train), Counter(itertools.pairwise(train)), Counter(train[:-1])
     half = len(singles) / 2
     unigram = sum(math.log2((singles[b] + 0.5) / (len(train) + half)) for b in val[1:])
     bigram = sum(math.log2((pairs[a, b] + 0.5) / (contexts[a] + half)) for a, b in itertools.pairwise(val))
-    found = E.yardsticks(vocab, text, val_text)
+    found = E.yardsticks(vocab, text, val_text, *tokens)
     assert abs(found["unigram"] * len(val_text) + unigram) < 1e-6
     assert abs(found["bigram"] * len(val_text) + bigram) < 1e-6
 
@@ -1524,7 +1527,7 @@ ODD = {  # what the last of three processes does differently, and what is said
 def test_a_process_that_differs_or_fails_ends_the_job_with_its_name(name, prose, tmp_path, capsys):
     """What it computes is changed after a step, in a copy of the file; another number of processes can go on."""
     more, fault, said = ODD[name]
-    at, read = "            scores.append(f.tobytes())\n", "hashlib.sha256(Path(path).read_bytes())"
+    at, read = "            scores.append(f.tobytes())\n", "hashlib.sha256(read_bytes(path))"
     source = Path(MAIN).read_text()
     assert source.count(at) == source.count(read) == 1
     source = source.replace(at, f"{at}            {fault or 'pass'}\n")
@@ -1577,6 +1580,36 @@ def test_the_example_of_the_readme_learns(capsys):
     means = [float(line) for line in capsys.readouterr().out.split()]
     assert len(means) == 100
     assert means[-1] > 1.5 * means[0] > 1.5
+
+
+def test_what_can_be_copied_needs_only_what_is_named():
+    """The first three rows alone train a layer of int8 weights that is no RWKV, to the bits of the whole file."""
+    rows = (HERE / "README.md").read_text().partition("| piece |")[2].splitlines()[2:5]
+    names = [name for row in rows for name in re.findall(r"`([\w]+)`", row.split("|")[1])]
+    copied = {"np": np, "math": math, "F32": np.float32, "Param": E.Param, "LIMITS": E.LIMITS, "dataclass": dataclass}
+    for name in names:
+        exec("from __future__ import annotations\n" + inspect.getsource(getattr(E, name)), copied)
+    p = E.Param("layer", 5, 40, 0, 0, 0)
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(32, 40)), 2, 0).astype(np.float32)  # the same for both of a pair
+    target = x @ rng.normal(size=(40, 5)).astype(np.float32) / 7
+
+    def train(code):
+        cfg = SimpleNamespace(params={"layer": p}, trained=[p], sizes=SimpleNamespace(words=3))
+        model = SimpleNamespace(cfg=cfg, q=np.zeros(200, np.int8), residual=np.zeros(200, np.int16), step=0)
+        model.weight = lambda name: model.q.reshape(5, 40)
+        model.scales = lambda name: np.full(5, 1 / 100, np.float32)
+        es, backend, losses = code["ES"](population=64, steps=60, seed=7), code["NumpyBackend"](cfg, 1), []
+        for step in range(es.steps):
+            low_rank = code["draw"](cfg, 1, np.arange(64), es.seed, step, es.sigma)
+            cost = ((code["linear"](model, low_rank, "layer", x) - target) ** 2).mean(1)
+            losses.append(cost.mean())
+            code["move"](model, backend, es, code["shape_fitness"](cost[1::2] - cost[::2]))
+        return losses, model.q
+
+    losses, q = train(copied)
+    assert losses[-1] < 0.9 * losses[0]
+    np.testing.assert_array_equal(q, train(vars(E))[1])
 
 
 @needs_c

@@ -68,7 +68,7 @@ def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any
 
 def add(model: E.Model, move: np.ndarray) -> None:
     """Error feedback, as the file does it, of a move in int8 steps."""
-    E.feed_back(model, slice(None), move * 2**15)
+    E.feed_back(model.q, model.residual, move * 2**15)
 
 
 def threshold(model: E.Model, Z: np.ndarray, lr: float) -> None:

@@ -35,7 +35,8 @@ def read_log(folder: Path, x: str) -> tuple[str, list[list[float]]]:
 
 def yardsticks(path: Path, model: Path) -> dict[str, float]:
     """What simple models of a model's tokens reach on the last 10% of a text, bits/byte, and its entropy if known."""
-    found = E.yardsticks(E.vocab_of(E.load_model(model)), *E.read_text(path))
+    vocab, texts = E.vocab_of(E.load_model(model)), E.read_text(path)
+    found = E.yardsticks(vocab, *texts, *map(vocab.encode, texts))
     entropy = path.with_suffix(".entropy")  # make_tales.py writes it
     return found | ({"true entropy": float(entropy.read_text())} if entropy.exists() else {})
 
