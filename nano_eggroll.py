@@ -1786,6 +1786,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
@@ -2149,7 +2154,7 @@ class TextTask:
         train, val = vocab.encode(text), vocab.encode(val_text)
         if min(len(train), len(val)) <= s.tokens:
             raise UserError(f"{s.data or DATA} has {len(train)} tokens to train on and {len(val)} for validation, too "
-                            f"few for --tokens {s.tokens}: use a longer text, or fewer of them")
+                            f"few for --tokens {s.tokens}: use a longer text, fewer of them, or --vocab bytes")
         if new := len(val_text.translate(None, b"".join(vocab.tokens))):
             note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
         if not s.eval:
@@ -2291,7 +2296,12 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
     every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
     scores, fitness, stop = list[bytes](), team.share(task.fitness), list[int]()
     live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
-    began = time.monotonic()
+    began, guard = time.monotonic(), open(os.devnull if team.index else out / "scores.bin", "ab")
+    if fcntl and not team.index:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {out}: wait for it, or give another --out") from None
 
     def save() -> float:
         team.gather_residuals(model)
@@ -2344,6 +2354,7 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
         raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
                         ) from None
     finally:
+        guard.close()
         for n, handler in handlers.items():
             signal.signal(n, handler)
     if model.step < s.steps:

@@ -1192,6 +1192,35 @@ def test_a_pipe_trains_and_a_byte_order_mark_is_no_token(prose, tmp_path, monkey
     assert "pipe" in main(capsys, "--resume", "--out", "a", code=2)[1]
 
 
+@posix
+def test_a_second_run_in_the_same_folder_is_refused(prose, tmp_path, monkeypatch, capsys):
+    """Started at the same moment, or with --resume; the first one goes on as if nothing had happened."""
+    args = [*QUICK, "--tokens", "4", "--steps", "9", "--data", prose, "--backend", "numpy", "--out", tmp_path / "run"]
+    step, said = E.es_step, []
+
+    def twice(model, *rest):
+        if model.step == 5:
+            said.extend(process(*args, cwd=tmp_path).communicate(timeout=60))
+            said.extend(process("--resume", "--out", tmp_path / "run", cwd=tmp_path).communicate(timeout=60))
+        return step(model, *rest)
+
+    monkeypatch.setattr(E, "es_step", twice)
+    main(capsys, *args)
+    assert "already holds a run" in said[1]
+    assert "another run is writing to" in said[3]
+    main(capsys, *args[:-1], tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+@needs_c
+def test_a_text_of_one_symbol_is_learned_to_nothing(tmp_path, capsys):
+    """In no bits at all; with the merges that such a text asks for it would have too few tokens, which one line says."""
+    (tmp_path / "text").write_bytes(b"a" * 5000)
+    args = ["--dim", "16", "--population", "64", "--tokens", "16", "--data", tmp_path / "text"]
+    assert "fewer of them, or --vocab bytes" in main(capsys, *args, code=2)[1]
+    assert main(capsys, *args, "--vocab", "bytes", "--steps", "150", "--out", tmp_path / "run")[-2] == "bits/byte 0.0000"
+
+
 def test_fewer_pairs_than_processes_is_one_line(prose):
     team = E.Team()
     team.size = 3
