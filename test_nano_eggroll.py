@@ -2075,6 +2075,26 @@ def test_one_of_several_shards_is_named(name, tmp_path, capsys):
     assert refused(path.rename(tmp_path / name), "one of several", capsys)
 
 
+def test_zeros_where_a_fresh_checkpoint_has_them_are_trained_like_other_weights(tmp_path):
+    """No cost is anything but a number, and what was zero moves."""
+    cfg = E.Config(8, 2, 4, 256, 16, (2, 3, 1, 5))
+    W = official(cfg, 0)
+    zeros = [n for n in W if re.search(r"att\.([wavg]1|r_k|output\.weight)$|ffn\.value\.weight$", n)]
+    m = C.convert(write(tmp_path, W | {n: np.zeros_like(W[n]) for n in zeros}))
+    text, before = random_text(cfg)[:200], m.q.copy()
+    assert len(zeros) == 2 * 7 - 1
+    for _ in range(3):
+        found, f = E.es_step(m, E.NumpyBackend(m.cfg, 1), E.ES(population=64, tokens=8, lr=2), E.predict(text, 8))
+        assert f.any()
+        assert (found > -8 * 63 * E.BITS).all()
+    m.q[:], after = before, m.q.copy()
+    for name in zeros:
+        p = m.cfg.params[name]
+        assert not m.weight(name).any()
+        assert after[p.at:p.at + p.size].any()
+        assert (m.scales(name) > 0).all()
+
+
 def test_outlying_columns_are_scaled_without_a_change_of_the_function(tmp_path):
     """Of float64 activations, that is; what is left is the rounding of the weights."""
     cfg, errors = E.Config(32, 2, 8, 256, 128, (16, 16, 16, 16)), []
