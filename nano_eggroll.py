@@ -690,10 +690,10 @@ def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backen
            report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
     """Train a model for anything that can be scored, from model.step to es.steps.
 
-    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32, so that
-    it should not hide small differences behind a large constant. The members need of the model only q, residual, step,
-    and of its cfg only trained and sizes.words, if you score them yourself and give a backend like NumpyBackend. report
-    gets what `es_step` returns, after each step, and ends the run by returning something true.
+    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32: a large
+    constant would hide small differences. report gets what `es_step` returns, after each step, and ends the run by
+    returning something true. Where fitness scores the members itself, with `draw`, any model with q, residual, step and
+    a cfg with trained and sizes.words will do, and a NumpyBackend.
     """
     backend = backend or default_backend(model.cfg, es.rank)
     while model.step < es.steps and not report(*es_step(model, backend, es, fitness)):
@@ -1849,8 +1849,8 @@ def printable(text: str) -> str:
     return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
-PACKED = {b"\x1f\x8b": "zcat", b"PK\x03\x04": "unzip -p", b"\xff\xfe": "iconv -f utf-16 -t utf-8",
-          b"\xfe\xff": "iconv -f utf-16 -t utf-8"}  # what a file begins with that is no text, and what makes it one
+UTF16 = "iconv -f utf-16 -t utf-8"
+PACKED = {b"\x1f\x8b": "zcat", b"PK\x03\x04": "unzip -p", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16}  # by first bytes
 PIPES = dict[str, bytes]()  # what was read from paths that can be read but once
 
 
@@ -1860,9 +1860,9 @@ def read_bytes(path: str | Path) -> bytes:
     if not Path(path).is_file() and str(path) not in PIPES:
         PIPES[str(path)] = data
         note(f"{path} is a pipe, so this run cannot be resumed: for that, write it to a file")
-    for start, command in PACKED.items():
-        if data.startswith(start):
-            raise UserError(f"{path} is no plain text: use what is printed by {command} {path}")
+    nuls = UTF16 if data[:1000].count(0) > 300 else ""
+    if command := next((command for start, command in PACKED.items() if data.startswith(start)), nuls):
+        raise UserError(f"{path} is no plain text: use what is printed by {command} {path}")
     return data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
 
 

@@ -1147,7 +1147,8 @@ BAD = {  # arguments, and what the one line names
     "--task two.jsonl --temperature -1.0": "-1", "--task two.jsonl --length 8192": "--length 8192",
     "--task two.jsonl --length -1": "-1", "--resume --out none": "none holds no run", "--step 5": "--step",
     "--load taken": "taken/model.npz is not", "--data text.gz": "zcat", "--data text.zip": "unzip -p",
-    "--data utf16.txt": "iconv", "--data short.txt --valid text.gz": "zcat", "--task text.gz": "zcat",
+    "--data utf16.txt": "iconv", "--data nuls.txt": "iconv", "--data short.txt --valid text.gz": "zcat",
+    "--task text.gz": "zcat",
     "--task gsm8k": "data/gsm8k.py", "--task array.json": "answer",
 }
 
@@ -1166,7 +1167,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(args, tmp_path, monkeypatch, ca
                        "mine.py": "def fails(*_):\n    raise ValueError('out of luck')"}.items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text(text)
-    for path, data in ("text.gz", b"\x1f\x8b\x08"), ("text.zip", b"PK\x03\x04"), ("utf16.txt", "x".encode("utf-16")):
+    for path, data in ("text.gz", b"\x1f\x8b\x08"), ("text.zip", b"PK\x03\x04"), ("utf16.txt", "x".encode("utf-16")), (
+            "nuls.txt", ("a line of text" * 99).encode("utf-16-be")):
         Path(path).write_bytes(data)
     before = contents(tmp_path)
     assert BAD[args] in main(capsys, *args.split(), code=2)[1]
@@ -1212,13 +1214,24 @@ def test_a_second_run_in_the_same_folder_is_refused(prose, tmp_path, monkeypatch
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
+@pytest.mark.parametrize(("tokens", "code"), [(15, 0), (16, 2), (17, 2)])
+def test_a_text_is_long_enough_if_its_tenth_is_longer_than_a_segment(tokens, code, tmp_path, capsys):
+    """160 bytes, of which the last 16 are for validation."""
+    (tmp_path / "text").write_bytes(bytes(range(65, 81)) * 10)
+    said = main(capsys, "--dim", "4", "--head-size", "2", "--population", "2", "--steps", "1", "--vocab", "bytes",
+                "--tokens", tokens, "--data", tmp_path / "text", "--backend", "numpy", "--out", tmp_path / "run",
+                code=code)
+    assert not code or "144 tokens to train on and 16 for validation" in said[1]
+
+
 @needs_c
 def test_a_text_of_one_symbol_is_learned_to_nothing(tmp_path, capsys):
-    """In no bits at all; with the merges that such a text asks for it would have too few tokens, which one line says."""
+    """In no bits at all; with the merges that such a text asks for it would be too short, which one line says."""
     (tmp_path / "text").write_bytes(b"a" * 5000)
     args = ["--dim", "16", "--population", "64", "--tokens", "16", "--data", tmp_path / "text"]
     assert "fewer of them, or --vocab bytes" in main(capsys, *args, code=2)[1]
-    assert main(capsys, *args, "--vocab", "bytes", "--steps", "150", "--out", tmp_path / "run")[-2] == "bits/byte 0.0000"
+    out = main(capsys, *args, "--vocab", "bytes", "--steps", "150", "--out", tmp_path / "run")
+    assert out[-2] == "bits/byte 0.0000"
 
 
 def test_fewer_pairs_than_processes_is_one_line(prose):
