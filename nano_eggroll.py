@@ -2011,6 +2011,8 @@ def load_model(path: str | Path) -> Model:
     path = Path(path) / "model.npz" if Path(path).is_dir() else path
     data = io.BytesIO(Path(path).read_bytes())
     try:
+        if data.getbuffer()[:2] != b"PK":  # of which numpy would say how to load it unsafely
+            raise ValueError("it is no zip file")
         with np.load(data, allow_pickle=False) as z:
             q, scale, residual, meta = (z[name] for name in ("q", "scale", "residual", "meta"))
         meta = json.loads(meta.tobytes())
@@ -2019,8 +2021,8 @@ def load_model(path: str | Path) -> Model:
             if a.dtype != dtype or a.shape != (size,):
                 raise ValueError("its arrays do not fit its shape")
         return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
-    except Exception:  # a damaged file can raise almost anything
-        raise UserError(f"{path} is not a whole model.npz: data/convert.py makes one of a checkpoint, and "
+    except Exception as e:  # a damaged file can raise almost anything
+        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): data/convert.py makes one of a checkpoint, and "
                         "data/replay.py of a run's scores") from None
 
 
@@ -2231,8 +2233,8 @@ class AnswerTask:
         self.s, self.vocab, (self.train, held) = s, vocab, read_problems(s.task)
         self.held, problems = held[:1000], self.train + held
         self.encoded = {p.prompt: self.encode(p.prompt) or [vocab.end] for p in problems}
-        self.length = s.length or max(len(self.encode(p.solution)) for p in problems) + 1  # with its end
-        self.length = self.length if self.length > 1 else 256
+        solutions = (len(self.encode(p.solution)) + 1 for p in problems if p.solution)  # with their ends
+        self.length = s.length or max(solutions, default=256)
         if max(map(len, self.encoded.values())) + self.length > LONGEST:
             raise UserError(f"a prompt and --length {self.length} come to over {LONGEST} tokens: give less")
         self.tokens = sum(len(self.encoded[p.prompt]) for p in self.train) // len(self.train) + self.length
@@ -2487,8 +2489,8 @@ def run(given: dict[str, Any], team: Team) -> None:
     if not measuring:
         print(f"RWKV-7 of {len(model.q):,} int8 weights, {model.cfg.vocab} tokens, population {s.population}, "
               f"{s.task or s.data or DATA}")
-    if not measuring and team.size > s.population // 2:
-        raise UserError(f"--population {s.population} has fewer pairs than there are processes: start fewer of them")
+        if team.size > s.population // 2:
+            raise UserError(f"--population {s.population} has fewer pairs than there are processes: start fewer")
     if s.eval or not measuring:
         task = (AnswerTask if s.task else TextTask)(s, vocab)
     team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device), model)

@@ -13,7 +13,6 @@ import csv
 import itertools
 import math
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +59,7 @@ def load(path: Path) -> tuple[E.Config, Weights]:
 def save(cfg: E.Config, W: Weights, path: Path) -> None:
     """Write an official .safetensors of bfloat16."""
     found = {n: w.detach().bfloat16() for n, w in W.items()}
-    found |= {n: w.T.contiguous() for n, w in found.items() if re.search(r"\.att\.[wavg][12]$", n)}
+    found |= {n: w.T.contiguous() for n, w in found.items() if convert.TRANSPOSED.search(n)}
     save_file(found | {n: w.view(-1, cfg.head_size) for n, w in found.items() if n.endswith("r_k")}, path)
 
 

@@ -143,9 +143,12 @@ def official_config(tensors: dict[str, np.ndarray]) -> E.Config:
     return cfg
 
 
+TRANSPOSED = re.compile(r"\.att\.[wavg][12]$")  # official files hold these so
+
+
 def entries(p: E.Param, tensor: np.ndarray) -> np.ndarray:
     """The entries of a parameter, float32 [out, cols], of a vector [out, 1]; raises ValueError."""
-    w = tensor.T if re.search(r"\.att\.[wavg][12]$", p.name) else tensor  # official files have these transposed
+    w = tensor.T if TRANSPOSED.search(p.name) else tensor
     if w.shape != (p.out, p.cols) if p.cols else w.size != p.out:  # a vector may be [1, 1, D], and r_k is [H, N]
         raise ValueError(f"{p.name} is {list(tensor.shape)}, which does not fit the other tensors")
     w = (w.astype(np.uint32) << 16).view(np.float32) if w.dtype == np.uint16 else w.astype(np.float32)
@@ -207,13 +210,14 @@ def quantise(cfg: E.Config, tensors: dict[str, np.ndarray]) -> E.Model:
 # The command
 
 
+JOIN = "load the model in Python, and save it as one file"
 FOREIGN = {  # what files begin with that are something else, what they are, and what to do
     b"version https://git-lfs": "a Git LFS pointer and not the file itself: get that with git lfs pull",
     b"<": "a web page: download the file that it is about",
     b"\x1f\x8b": "packed by gzip: unpack it with gunzip",
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": 
-    "a .pth of torch before 1.6: write it anew with torch.save(torch.load(...), ...)",
-    b"{": "JSON, such as the index of several shards: load the model in Python, and save it as one file"}
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19":
+        "a .pth of torch before 1.6: write it anew with torch.save(torch.load(...), ...)",
+    b"{": f"JSON, such as the index of several shards: {JOIN}"}
 
 
 def other_kind(path: Path) -> str:
@@ -224,7 +228,7 @@ def other_kind(path: Path) -> str:
             if head.startswith(start):
                 return what
         if re.search(r"\d+-of-0*([2-9]|[1-9]\d+)\b", path.name):
-            return "one of several shards: load the model in Python, and save it as one file"
+            return f"one of several shards: {JOIN}"
     return ""
 
 

@@ -72,9 +72,10 @@ def tenth(one: dict) -> int:
     return zlib.crc32(f"{sorted(one['answer']['numbers'])} {one['answer']['target']}".encode()) % 10
 
 
-def signed(plus: list[int], minus: list[int]) -> str:
-    """Such as 14+8-5."""
-    return "+".join(map(str, plus)) + "".join(f"-{n}" for n in minus)
+def signed(numbers: list[int], minus: tuple[int, ...]) -> str:
+    """Such as 14+8-5, of 14 5 8, where minus is 0 1 0."""
+    return "+".join(str(n) for n, m in zip(numbers, minus) if not m) + "".join(
+        f"-{n}" for n in itertools.compress(numbers, minus))
 
 
 def think(numbers: list[int], target: int) -> str:
@@ -86,9 +87,7 @@ def think(numbers: list[int], target: int) -> str:
     over = (total - target) // 2
     splits = itertools.product((0, 1), repeat=len(numbers))
     minus = next(m for m in sorted(splits, key=sum) if sum(itertools.compress(numbers, m)) == over)
-    plus = [1 - m for m in minus]
-    right = signed([*itertools.compress(numbers, plus)], [*itertools.compress(numbers, minus)])
-    return f"{text}-{target}={total - target}/2={over} <answer>{right}"
+    return f"{text}-{target}={total - target}/2={over} <answer>{signed(numbers, minus)}"
 
 
 def document(rng: random.Random, one: dict, guess: float) -> str:
@@ -96,8 +95,7 @@ def document(rng: random.Random, one: dict, guess: float) -> str:
     numbers = one["answer"]["numbers"]
     if rng.random() >= guess:
         return think(numbers, one["answer"]["target"])
-    minus = rng.choice([*itertools.product((0, 1), repeat=len(numbers))][:-1])  # but for all of them
-    return signed([n for n, m in zip(numbers, minus) if not m], [n for n, m in zip(numbers, minus) if m])
+    return signed(numbers, rng.choice([*itertools.product((0, 1), repeat=len(numbers))][:-1]))  # not all of them minus
 
 
 def main() -> None:
