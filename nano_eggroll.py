@@ -1465,8 +1465,10 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
   }
 }
 
-// Fills in `Needs`.
+// Fills in `Needs`. `tried` is for load_c: it takes the instructions that a CPU may lack.
 KERNEL needs(int *n) {
+  volatile vi tried = dot4(isplat(n[0]), isplat(n[1]), isplat(n[2]));
+  (void)tried;
   const int values[] = {sizeof(Batch), sizeof(Fast), sizeof(Update), SWAPS, LANES, WARPS * LANES, PACKED,
                         sizeof UNITS / sizeof UNITS[0]};
   for (int i = 0; i < 8; i++) n[i] = values[i];
@@ -1600,6 +1602,7 @@ def cores() -> int:
     return count
 
 
+TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).needs((ctypes.c_int * 8)())"
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 
@@ -1621,10 +1624,12 @@ def load_c(source: str, flags: str) -> ctypes.CDLL:
                 said = (done.stderr.splitlines() or ["?"])[0]
                 trouble = trouble or f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another"
                 continue
-            try:
+            # In another process at first, which an instruction that this CPU lacks may end
+            tried = subprocess.run([sys.executable, "-ISc", TRIAL, library], check=False, capture_output=True, text=True)
+            if not tried.returncode:
                 return ctypes.CDLL(library)
-            except OSError as e:  # a folder that is mounted noexec
-                trouble = f"the compiled kernel cannot be loaded ({e}): let TMPDIR be a folder that allows it"
+            said = (tried.stderr.splitlines() or [f"signal {-tried.returncode}"])[-1]
+            trouble = f"the compiled kernel does not run ({said}): set TMPDIR to a folder that allows it, or CC to another"
     raise UserError(trouble)
 
 
@@ -1972,8 +1977,8 @@ def yardsticks(vocab: Vocab, text: bytes, val_text: bytes, train: np.ndarray, va
 
     train, val: the tokens of both texts. gzip packs both, or the first SAMPLE of them.
     """
-    train, val, packed = train.astype(np.int64), val.astype(np.int64), (text + val_text)[:SAMPLE]
-    seen = len(np.unique(train))
+    seen, packed = len(np.unique(train)), (text + val_text)[:SAMPLE]
+    train, val = train.astype(np.uint32), val.astype(np.uint32)
 
     def bits(counted: np.ndarray, asked: np.ndarray, total: np.ndarray) -> float:
         known, count = np.unique(counted, return_counts=True)

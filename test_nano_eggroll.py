@@ -670,13 +670,15 @@ def test_the_first_part_alone_trains_to_the_bits_of_the_whole_file():
 # Compilers and machines
 
 TINY = E.Config(dim=4, layers=1, head_size=2, vocab=5)
+TRAP = "sed 's/volatile vi tried/__builtin_trap(); &/'"  # as if the CPU lacked an instruction
 
 
 @needs_c
-@pytest.mark.parametrize(("cc", "flags"), [("env gcc", E.NATIVE), ("false", E.NATIVE), ("gcc", "-march=nonsense"),
-                                           ("/nowhere/cc", E.NATIVE)])
+@pytest.mark.parametrize(("cc", "flags"), [
+    ("env gcc", E.NATIVE), ("false", E.NATIVE), ("/nowhere/cc", E.NATIVE), ("gcc", "-march=nonsense"),
+    (f'sh -c "case $* in *native*) {TRAP};; *) cat;; esac | gcc $*" cc', E.NATIVE)])
 def test_a_kernel_is_compiled_in_one_way_or_another(cc, flags, tmp_path, monkeypatch):
-    """By a compiler with arguments, by the next one, without the flags that it refuses; nothing is left over."""
+    """By a compiler with arguments, by the next one, without flags that it or the CPU refuses; nothing is left over."""
     ahead.submit(int).result()  # what is compiled ahead has its own folders
     monkeypatch.setenv("CC", cc)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -704,9 +706,11 @@ def test_threads_are_what_the_quota_pays_for(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize(("compiler", "remedy"), [("", "install"), ("exit 1", "set CC"), ("exit 0", "let TMPDIR be")])
+@pytest.mark.parametrize(("compiler", "remedy"), [
+    ("", "install"), ("exit 1", "set CC"), ("exit 0", "No such file.*set TMPDIR"),
+    (f"PATH={os.environ['PATH']}; {TRAP} | gcc $*", "signal 4.*set TMPDIR")], ids=["none", "fails", "noexec", "SIGILL"])
 def test_without_a_compiler_that_works_numpy_goes_on(compiler, remedy, tmp_path, monkeypatch, capsys):
-    """There is none, or it fails, or its library cannot be loaded, as from a folder that is mounted noexec."""
+    """There is none, it fails, or its library does not run: a folder is mounted noexec, a CPU lacks an instruction."""
     if compiler:
         (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
         (tmp_path / "cc").chmod(0o755)
@@ -718,7 +722,7 @@ def test_without_a_compiler_that_works_numpy_goes_on(compiler, remedy, tmp_path,
     if "cuda" not in BACKENDS:
         assert E.make_backend(None, TINY, 1).name == "numpy"
         [said] = capsys.readouterr().err.splitlines()
-        assert remedy in said
+        assert re.search(remedy, said)
 
 
 def test_the_tales_are_what_their_generator_writes(tmp_path):
@@ -1926,7 +1930,7 @@ def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Official checkpoints: data/convert.py
 
-KINDS = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage"}
+KINDS = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage"}
 PACKINGS = ["alone", "together", "transposed", "safetensors"]
 TRANSPOSED = re.compile(r"att\.[wavg][12]$")  # official files hold these so
 SMALL = E.Config(8, 1, 4, 256, 16, (2, 3, 1, 5))
@@ -1989,9 +1993,15 @@ def official(cfg, seed, outliers=0.0):
         elif p.cols:
             w = rng.normal(size=w.shape) / np.sqrt(p.cols) * np.where(rng.random(p.cols) < outliers, 20, 1)
         w = (w.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)  # what bfloat16 holds
-        shape = (-1, cfg.head_size) if name.endswith("r_k") else (1, 1, -1) if ".x_" in name else -1
-        W[name] = (w.T if TRANSPOSED.search(name) else w) if p.cols else w.reshape(shape)
-    return W
+        W[name] = w
+    return theirs(cfg, W)
+
+
+def theirs(cfg, W):
+    """Parameters with official shapes and order of axes."""
+    shapes = {n: (-1, cfg.head_size) if n.endswith("r_k") else (1, 1, -1) if ".x_" in n else -1 for n in W}
+    return {n: (w.T if TRANSPOSED.search(n) else w) if cfg.params[n].cols else w.reshape(shapes[n])
+            for n, w in W.items()}
 
 
 def ours(cfg, W):
@@ -2059,12 +2069,26 @@ def test_other_names_and_leftovers_of_training_give_the_same_model(tmp_path, cap
     one = {name: w for name, w in other.items() if ".attn.x_" not in name} | mixes
     unused = {f"blocks.0.att.v{i}": np.ones((3, 2)) for i in range(3)}
     whole = C.convert(write(tmp_path, W))
-    for kind in "alone", "safetensors":
+    for packing, kind in itertools.product(("alone", "safetensors"), ("F32", "F64")):
         for tensors in other, one, W | unused, W | noted:
-            m = C.convert(write(tmp_path, tensors, "F32", kind))
+            m = C.convert(write(tmp_path, tensors, kind, packing))
             assert m.sha256() == whole.sha256()
             np.testing.assert_array_equal(m.scale, whole.scale)
             assert ("ln0" in capsys.readouterr().err) == (tensors.keys() == (W | noted).keys())
+
+
+def test_small_mlps_narrower_than_those_of_other_layers_get_channels_of_zeros(tmp_path, capsys):
+    W = official(E.Config(12, 3, 4, 256, 48, (3, 4, 5, 6)), 1)
+    narrow, padded = dict(W), dict(W)
+    for name in "blocks.0.att.w", "blocks.1.att.v", "blocks.2.att.a", "blocks.1.att.g":
+        narrow[name + "1"], narrow[name + "2"] = W[name + "1"][:, :2], W[name + "2"][:2]
+        padded[name + "1"], padded[name + "2"] = W[name + "1"].copy(), W[name + "2"].copy()
+        padded[name + "1"][:, 2:], padded[name + "2"][2:] = 0, 0
+    models = [C.convert(write(tmp_path, tensors, "BF16", "safetensors")) for tensors in (narrow, padded)]
+    assert models[0].sha256() == models[1].sha256()
+    np.testing.assert_array_equal(models[0].scale, models[1].scale)
+    narrow["blocks.1.att.w2"] = W["blocks.1.att.w2"][:2]
+    assert refused(write(tmp_path, narrow), "blocks.1.att.w2 is [2, 12], but blocks.1.att.w1 [12, 3]", capsys)
 
 
 @pytest.mark.parametrize(("start", "why"), [
@@ -2127,6 +2151,39 @@ def test_outlying_columns_are_scaled_without_a_change_of_the_function(tmp_path):
     assert max(errors) < 0.06
 
 
+OUTLIERS = [  # of the thinker, entries of each kind of vector that can be 30 times the median one, and it still answers
+    {}, {"blocks.0.att.k_a": 14}, {"blocks.1.att.ln_x.weight": 52}, {"ln_out.weight": 11}, {"blocks.1.att.x_v": 54},
+    {"blocks.1.att.a0": 31, "blocks.0.att.k_k": 19, "blocks.1.att.ln_x.bias": 30, "blocks.1.att.r_k": 56,
+     "blocks.1.att.v0": 43, "blocks.0.att.w0": 22, "blocks.0.att.x_a": 53, "blocks.1.att.x_g": 60,
+     "blocks.1.att.x_k": 57, "blocks.1.att.x_r": 33, "blocks.1.att.x_w": 47, "blocks.1.ffn.x_k": 33,
+     "blocks.0.ln0.bias": 32, "blocks.1.ln1.bias": 17, "blocks.1.ln2.bias": 36, "ln_out.bias": 2}]
+
+
+def test_a_trained_model_with_outlying_entries_loses_nothing_in_int8(tmp_path):
+    """Answers cost within 0.01 bits/byte of what they cost in float64, all entries, activations and products."""
+    with open(HERE / "data" / "thinker.safetensors", "rb") as file:
+        tensors = C.official(C.read_safetensors(file))
+        cfg = C.official_config(tensors)
+        W = {n: C.entries(p, tensors[n]).astype(float).reshape(p.out, p.cols or 1) for n, p in cfg.params.items()}
+    W = {n: w if cfg.params[n].cols else w.ravel() for n, w in W.items()}
+    rng = random.Random(1)
+    problems = [script("countdown").problem(rng) for _ in range(6)]
+    for outliers in OUTLIERS:
+        V = {name: w.copy() for name, w in W.items()}
+        for name, entry in outliers.items():
+            V[name][entry] = math.copysign(30 * np.median(abs(W[name])), W[name][entry])
+        m, costs = C.convert(write(tmp_path, theirs(cfg, V), "F64", "safetensors")), [[], []]
+        for p in problems:
+            text = np.frombuffer((p["prompt"] + p["solution"] + "\n").encode(), np.uint8).astype(np.uint16)
+            T, answer = len(text) - 1, slice(len(p["prompt"]) - 1, None)
+            both = reference(cfg, V, text[:-1], 2**40), read(E.NumpyBackend(cfg, 1), m, text, [0], T, (0, 0, 0.0))[1][0]
+            for z, cost in zip(both, costs):
+                z = z[answer] - z[answer].max(-1, keepdims=True).astype(float)
+                cost += [*np.log2(np.exp(z).sum(-1)) - z[range(len(z)), text[1:][answer]] / np.log(2)]
+        assert abs(np.mean(costs[1]) - np.mean(costs[0])) < 0.01
+        assert np.mean(costs[0]) < 0.5
+
+
 @pytest.mark.parametrize("times", [0, 1e-44, 1e-38, 0.01, 10, 100, 1e29])
 def test_an_entry_unlike_the_others_takes_no_steps_from_them(times, tmp_path):
     """Nor does a vector have an entry at its limit, nor a row of a matrix take steps from other rows."""
@@ -2175,7 +2232,7 @@ SYSTEM, REBUILD, RUN = b"cos\nsystem\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
 CALL = SYSTEM + RUN + b"\x85R"
 HOSTILE = {  # pickles, and why they are refused
     **{name: (b"c" + name.replace(".", "\n").encode() + b"\n" + RUN + b"\x85R.", name) for name in (
-        "os.system", "posix.system", "builtins.eval", "runpy.run_path", "__main__.E", "this.s", "torch.DoubleStorage")},
+        "os.system", "posix.system", "builtins.eval", "runpy.run_path", "__main__.E", "this.s", "torch.CharStorage")},
     "getattr": (b"cbuiltins\ngetattr\ncos\nsystem\n" + string("__call__") + b"\x86R" + RUN + b"\x85R.", "getattr"),
     "protocol 0": (SYSTEM + b"(S'touch executed'\ntR.", "os.system"),
     "inst": (b"(" + RUN + b"ios\nsystem\n.", "os.system"), "obj": (b"(" + SYSTEM + RUN + b"o.", "os.system"),

@@ -3,7 +3,7 @@
     python data/convert.py rwkv7.pth --vocab rwkv_vocab_v20230424.txt --out world.npz
     python nano_eggroll.py --load world.npz --sample "User: why is the sky blue?"
 
-Reads .safetensors, and .pth of torch >= 1.6, of bfloat16, float16 or float32, with official names or those of the
+Reads .safetensors, and .pth of torch >= 1.6, of bfloat16 or floats, with official names or those of the
 Hugging Face form. The World models need their vocabulary; a model of 256 tokens is one of bytes. A .pth holds a pickle,
 which may name any function to be called: here a name means one of the six that tensors need, or the file is refused.
 """
@@ -33,7 +33,8 @@ VOCAB_FILE = "give --vocab rwkv_vocab_v20230424.txt, which is in the PyPI packag
 # ---------------------------------------------------------------------------------------------------------------------
 # The tensors of a file
 
-DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}  # bfloat16, which numpy has not, is the upper half of a float32
+# bfloat16, which numpy has not, is the upper half of a float32
+DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 class Unpickler(pickle.Unpickler):
@@ -44,7 +45,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """What stands for module.name; raises ValueError if nothing does."""
         if f"{module}.{name}" not in self.known:
-            raise ValueError(f"it asks for {module}.{name}, and not for bfloat16, float16 or float32")
+            raise ValueError(f"it asks for {module}.{name}, and not for bfloat16 or floats")
         return self.known[f"{module}.{name}"]
 
     def persistent_load(self, storage: Any) -> Any:
@@ -71,6 +72,7 @@ def read_pth(file: BinaryIO) -> dict[str, np.ndarray]:
     unpickler = Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")))
     unpickler.known = {
         "torch.BFloat16Storage": "BF16", "torch.HalfStorage": "F16", "torch.FloatStorage": "F32",
+        "torch.DoubleStorage": "F64",
         "torch._utils._rebuild_tensor_v2": tensor, "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         "collections.OrderedDict": OrderedDict}
     tensors = unpickler.load()
@@ -87,7 +89,7 @@ def read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
     tensors, at = {}, 8 + length
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if t["dtype"] not in DTYPES:
-            raise ValueError(f"{name} is neither bfloat16 nor float16 nor float32")
+            raise ValueError(f"{name} is {t['dtype']}, and none of {', '.join(DTYPES)}")
         tensors[name] = np.memmap(file, DTYPES[t["dtype"]], "r", at, tuple(t["shape"]))
         if t["data_offsets"] != [at - 8 - length, at - 8 - length + tensors[name].nbytes]:
             raise ValueError(f"{name} is not where it should be")
@@ -135,8 +137,14 @@ def official_config(tensors: dict[str, np.ndarray]) -> E.Config:
     layers = max(1, sum(name.endswith(".ln1.weight") for name in tensors))
     last = f"blocks.{layers - 1}."
     (V, D), (_, N), (F, _) = shape("emb.weight"), shape(last + "att.r_k"), shape(last + "ffn.key.weight")
-    inner = tuple(shape(f"{last}att.{n}1")[1] if n != "v" or layers > 1 else 1 for n in "wavg")  # layer 0 has no v1
-    cfg = E.Config(D, layers, N, V, F, inner)
+    inner = []
+    for n in "wavg":  # of layers that differ, the widest, see `entries`; layer 0 has no v1
+        names = [(f"blocks.{i}.att.{n}1", f"blocks.{i}.att.{n}2") for i in range(n == "v", layers)]
+        for a, b in names:
+            if shape(a)[1] != shape(b)[0]:
+                raise ValueError(f"{b} is {list(shape(b))}, but {a} {list(shape(a))}")
+        inner.append(max((shape(a)[1] for a, _ in names), default=1))
+    cfg = E.Config(D, layers, N, V, F, tuple(inner))
     for names, what in (set(cfg.params) - set(tensors), "lacks"), (set(tensors) - set(cfg.params), "has"):
         if names:
             raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
@@ -149,6 +157,9 @@ TRANSPOSED = re.compile(r"\.att\.[wavg][12]$")  # official files hold these so
 def entries(p: E.Param, tensor: np.ndarray) -> np.ndarray:
     """The entries of a parameter, float32 [out, cols], of a vector [out, 1]; raises ValueError."""
     w = tensor.T if TRANSPOSED.search(p.name) else tensor
+    if w is not tensor and w.ndim == 2:  # a narrower small MLP than of other layers gets channels of zeros
+        more = [0, p.cols - w.shape[1]] if p.name.endswith("2") else [p.out - w.shape[0], 0]
+        w = np.pad(w, [(0, n) for n in more])
     if w.shape != (p.out, p.cols) if p.cols else w.size != p.out:  # a vector may be [1, 1, D], and r_k is [H, N]
         raise ValueError(f"{p.name} is {list(tensor.shape)}, which does not fit the other tensors")
     w = (w.astype(np.uint32) << 16).view(np.float32) if w.dtype == np.uint16 else w.astype(np.float32)
