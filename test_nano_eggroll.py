@@ -2314,6 +2314,23 @@ def test_tokens_come_from_the_vocabulary(tmp_path, monkeypatch, capsys):
     assert {*os.listdir()} == {"model.pth", "vocab", "out.npz"}
 
 
+@pytest.mark.parametrize("rows", [65529, 65536])
+def test_a_world_model_may_have_more_rows_than_tokens(rows, tmp_path, capsys):
+    """As many as the official files have; a number without a token is never read, and writes nothing."""
+    words = [bytes([i]) for i in range(256)] + [i.to_bytes(3, "big") for i in range(65529 - 257)]
+    lines = "".join(f"{i} {word!r} {len(word)}\n" for i, word in enumerate(words, 1))
+    (tmp_path / "vocab").write_text(lines, "utf-8")
+    path = write(tmp_path, official(E.Config(4, 1, 4, rows, 4, (1, 1, 1, 1)), 0), "BF16", "safetensors")
+    E.save_model(C.convert(path, tmp_path / "vocab"), tmp_path / "world.npz")
+    m = E.load_model(tmp_path / "world.npz")
+    vocab = E.vocab_of(m)
+    text = vocab.encode(b"".join(words))
+    assert m.cfg.vocab == rows
+    assert text.max() == 65528
+    assert vocab.decode(range(65529, rows)) == b""
+    assert vocab.decode(text) == b"".join(words)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # CUDA
 
