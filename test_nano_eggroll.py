@@ -5,6 +5,8 @@
     pytest -k cuda      what concerns CUDA; with a GPU, on it, too
 """
 
+import ast
+import base64
 import contextlib
 import csv
 import importlib.util
@@ -1768,6 +1770,7 @@ def files(tmp_path, monkeypatch):
     ("gsm8k nowhere", "nowhere"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
     ("gsm8k good --out bad", "bad"), ("plot nowhere", "nowhere"), ("plot new", "no rows"), ("plot cut", "cut"),
     ("plot bits sums", "apart"), ("plot sums --data bad", "--data"), ("plot bits --out no/a.png", "plot: "),
+    ("tour bad", "bad"), ("tour --check --effort 0", "--effort"), ("tour --effort 0.5", "--check"),
 ])
 def test_scripts_explain_mistakes_in_one_line(command, named, files, capsys):
     if command.startswith("backprop"):
@@ -1793,6 +1796,73 @@ def test_pictures_show_the_columns_of_the_log(command, lines, files, monkeypatch
     picture = Path("bits/curve.png").read_bytes()
     assert [int.from_bytes(picture[at:at + 4], "big") for at in (16, 20)] == [1800, 1100]
     assert {line.get_label(): list(line.get_xdata()) for line in pyplot.gcf().axes[0].lines} == lines
+
+
+# ---- data/tour.ipynb
+
+
+def tour(*args):
+    """data/tour.py in a process of its own, since cells may do anything; its exit code, and what it says."""
+    pytest.importorskip("matplotlib")
+    done = subprocess.run([sys.executable, HERE / "data" / "tour.py", *args], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_the_tour_says_holds_at_small_sizes():
+    code, said = tour("--check", "--effort", "0.02")
+    assert code == 0, said
+
+
+def test_the_tour_as_it_is_committed_is_whole():
+    """A valid notebook of format 4.5 that needs nothing else, with the outputs of a run of all its cells, in order."""
+    path = HERE / "data" / "tour.ipynb"
+    book = json.loads(path.read_text(encoding="utf-8"))
+    texts, cells = book["cells"][::2], book["cells"][1::2]
+    assert path.stat().st_size <= 1_200_000
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+    assert all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", cell["id"]) for cell in book["cells"])
+    assert {cell["cell_type"] for cell in texts} == {"markdown"}  # one before each cell of code, and one at the end
+    assert {cell["cell_type"] for cell in cells} == {"code"}
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    for cell in cells:
+        source, outputs = "".join(cell["source"]), cell["outputs"]
+        for node in ast.walk(ast.parse(source)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            used = {name.partition(".")[0] for name in names}
+            assert used <= {*sys.stdlib_module_names, "numpy", "matplotlib", "nano_eggroll"}
+        pictures = [out["data"]["image/png"] for out in outputs if out["output_type"] == "display_data"]
+        printed = ["".join(out["text"]) for out in outputs if out["output_type"] == "stream"]
+        assert len(pictures) == source.count("plt.show()")
+        assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+        assert len(printed) == ("print(" in source or "write_sample(" in source)
+        assert all(printed)
+        assert len(outputs) == len(pictures) + len(printed)  # and no error
+
+
+def test_a_cell_that_fails_is_named_and_one_that_works_leaves_the_same_bytes(tmp_path):
+    book = {"cells": [{"cell_type": "code", "id": "a-plot", "source": [
+        "import matplotlib.pyplot as plt\n", "plt.plot([1, 2])\n", "print('ä')"]},
+        {"cell_type": "code", "id": "b", "source": ["def f(x):\n", "    assert x == 3\n", "\n", "f(EFFORT + 2)"]}]}
+    path = tmp_path / "book.ipynb"
+    path.write_text(json.dumps(book))
+    code, said = tour(path)
+    assert (code, said.partition("s\n")[0].partition("plot")[0]) == (0, "1/2  a-")
+    first = path.read_bytes()
+    assert [out["output_type"] for out in json.loads(first)["cells"][0]["outputs"]] == ["stream", "display_data"]
+    assert (tour(path)[0], path.read_bytes()) == (0, first)
+    code, said = tour(path, "--check", "--effort", "0.5")
+    assert (code, path.read_bytes()) == (1, first)
+    assert said.splitlines()[1:] == ["tour.py: cell b fails at 'f(EFFORT + 2)': AssertionError()"]
+
+
+def test_without_matplotlib_the_tour_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        script("tour", "--check")
+    assert re.fullmatch("tour: .*: pip install matplotlib\n", capsys.readouterr().err)
+
 
 
 # ---- data/backprop.py
