@@ -460,7 +460,7 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Cross-entropy in units of 1/4096 bit: logits [..., V], target [...] -> int32 [...]."""
     logits = (logits - logits.max(-1, keepdims=True)) * LOG2E
     bits = log2(ordered_sum(exp2(logits))) - np.take_along_axis(logits, target[..., None].astype(np.int64), -1)[..., 0]
-    return np.rint(np.minimum(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
+    return np.rint(np.fmin(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
 
 
 def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.ndarray:
@@ -469,7 +469,7 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
     Gumbel-max: the largest of logit / temperature + Gumbel noise is such a draw. The noise is -log2(-log2 u) of uniform
     u from words `word`, ... of the members' streams; a pair shares it, so its members differ by their weights alone.
     """
-    if temperature:
+    if temperature > 1e-6:
         h = noise_words(keys, word + np.arange(logits.shape[1]))
         u = ((h >> np.uint32(9)).astype(F32) + F32(0.5)) * F32(2**-23)
         logits = logits * (LOG2E / F32(temperature)) - log2(-log2(u))
@@ -1560,7 +1560,7 @@ class KernelBackend:
         cost, n = np.zeros(len(start), np.int32), len(start)
         start, member = (np.ascontiguousarray(a, np.int64) for a in (start, member))
         given = np.full(n, T + 1, np.int32) if given is None else np.ascontiguousarray(given, np.int32)
-        heat = LOG2E / F32(temperature) if temperature else F32(0)
+        heat = LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
         self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
         self.launch("play", range(-(-n // self.launch.needs.lanes)), (
             model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
@@ -1625,11 +1625,11 @@ def load_c(source: str, flags: str) -> ctypes.CDLL:
                 trouble = trouble or f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another"
                 continue
             # In another process at first, which an instruction that this CPU lacks may end
-            tried = subprocess.run([sys.executable, "-ISc", TRIAL, library], check=False, capture_output=True, text=True)
-            if not tried.returncode:
+            done = subprocess.run([sys.executable, "-ISc", TRIAL, library], check=False, capture_output=True, text=True)
+            if not done.returncode:
                 return ctypes.CDLL(library)
-            said = (tried.stderr.splitlines() or [f"signal {-tried.returncode}"])[-1]
-            trouble = f"the compiled kernel does not run ({said}): set TMPDIR to a folder that allows it, or CC to another"
+            said = (done.stderr.splitlines() or [f"signal {-done.returncode}"])[-1]
+            trouble = f"the compiled kernel does not run ({said}): set TMPDIR to a folder that allows it, or another CC"
     raise UserError(trouble)
 
 
@@ -1855,7 +1855,8 @@ def printable(text: str) -> str:
 
 
 UTF16 = "iconv -f utf-16 -t utf-8"
-PACKED = {b"\x1f\x8b": "zcat", b"PK\x03\x04": "unzip -p", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16}  # by first bytes
+PACKED = {b"\x1f\x8b": "zcat", b"PK\x03\x04": "unzip -p", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16,  # by first bytes
+          b"BZh": "bzcat", b"\xfd7zXZ": "xzcat", b"\x28\xb5\x2f\xfd": "zstdcat", b"%PDF-": "pdftotext"}
 PIPES = dict[str, bytes]()  # what was read from paths that can be read but once
 
 
@@ -1865,7 +1866,7 @@ def read_bytes(path: str | Path) -> bytes:
     if not Path(path).is_file() and str(path) not in PIPES:
         PIPES[str(path)] = data
         note(f"{path} is a pipe, so this run cannot be resumed: for that, write it to a file")
-    nuls = UTF16 if data[:1000].count(0) > 300 else ""
+    nuls = UTF16 if {data[:600:2].count(0), data[1:600:2].count(0)} & {0} and data[:600].count(0) > 200 else ""
     if command := next((command for start, command in PACKED.items() if data.startswith(start)), nuls):
         raise UserError(f"{path} is no plain text: use what is printed by {command} {path}")
     return data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
@@ -1946,7 +1947,9 @@ def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
     is no token. A WORD is letters and a space before them, so that digits, signs and newlines remain single bytes.
     """
     tokens, merges = [BYTES[i] for i in sorted({*text, *val_text, *b"\n"})], list[list[int]]()
-    found, known, units = Counter(WORD.findall(text[:SAMPLE])), Vocab(tokens), list(tokens)
+    sample, known, units = SAMPLE, Vocab(tokens), list(tokens)
+    while sum(map(len, found := Counter(WORD.findall(text[:sample])))) > 2**18:  # words without end, as in Chinese
+        sample //= 2
     words = {word.translate(known.first).decode("latin-1"): n for word, n in found.items()}  # a character for each unit
     often, left = Counter[tuple[str, str]](), Counter[str]()
     for word, n in words.items():
@@ -1999,7 +2002,8 @@ def yardsticks(vocab: Vocab, text: bytes, val_text: bytes, train: np.ndarray, va
 
 def save_model(model: Model, path: Path) -> None:
     """Write model.npz, whole and on the disk or not at all; raises OSError."""
-    meta, new = {"config": asdict(model.cfg), "step": model.step, "extra": model.extra}, path.with_suffix(".tmp")
+    meta = {"config": asdict(model.cfg), "step": model.step, "extra": model.extra}
+    new = path.with_name(f"{path.name}.tmp")
     try:
         with open(new, "wb") as file:
             np.savez(file, q=model.q, scale=model.scale, residual=model.residual,
@@ -2256,7 +2260,8 @@ class AnswerTask:
             found = [float(self.reward(p.prompt, text, p.answer)) for p, text in zip(problems, texts)]
         except (Exception, SystemExit) as e:  # it may be the user's
             raise UserError(f"the reward failed ({e!r:.200}): correct the function, or the problems") from None
-        return np.array(found, F32)
+        with np.errstate(over="ignore"):  # beyond float32 is inf, which `es_step` leaves out
+            return np.array(found, F32)
 
     def answers(self, members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
         """Of each member to its problem."""
@@ -2304,6 +2309,8 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
     scores, fitness, stop = list[bytes](), team.share(task.fitness), list[int]()
     live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
     began, guard = time.monotonic(), open(os.devnull if team.index else out / "scores.bin", "ab")
+    if not team.index and guard.tell() < first * s.population // 2:
+        note(f"{out / 'scores.bin'} lacks steps, so data/replay.py can no longer rebuild this run")
     if fcntl and not team.index:
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2404,6 +2411,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
         how = {"action": "store_true"} if default is False else {"type": type(default)}
         parser.add_argument(option(name), help=remark + f" ({default})" * bool(default), **how)
     given = vars(parser.parse_args(argv))
+    if [] in given.values():  # what argparse makes of --option=-- before Python 3.13
+        refuse("-- is no value")
     for name in given if "resume" not in given else ():  # `resume` itself refuses others than the run has
         if not given.keys() & NEEDS.get(name, given.keys()):
             needed = " or ".join(map(option, NEEDS[name]))
@@ -2454,6 +2463,8 @@ def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
     was = model.extra.get("settings")
     if not was:
         raise UserError(f"{path} is not from a training run: start one with --load {path}")
+    if was.keys() != asdict(Settings()).keys():
+        raise UserError(f"the run in {given['out']} is of another version: use that, or start one with --load {path}")
     for name, value in given.items():
         if name not in FREE and value != was[name]:
             raise UserError(f"{option(name)} {value} is not the {was[name] or 'default'} of the run in {given['out']}: "
@@ -2542,6 +2553,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = "nobody reads what is printed: send it to a file"
     except OSError as e:
         message = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or give another path"
+    except MemoryError as e:
+        message = f"too little memory ({e}): choose smaller --dim, --layers or --population"
     except KeyboardInterrupt:
         message, code = "stopped", 130
     except Exception:

@@ -276,6 +276,10 @@ def main() -> None:
     a = p.parse_args()
     for name, value in USUAL[a.way].items():
         setattr(a, name, getattr(a, name) or value)
+    if (min(a.steps, a.batch, a.group, a.every or 1) < 1 or (a.way == "grpo" and a.batch % a.group) or not 0 < a.lr < 1
+            or not 0 <= a.guess <= 1 or not 0 <= a.seed < 2**32):
+        p.error("one is out of range: --steps, --batch, --every from 1, --group a divisor of --batch, --lr and --guess "
+                "0 to 1, --seed from 0")
     torch.set_num_threads(1)  # so small a model gains nothing from more
     rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
     try:

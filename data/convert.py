@@ -57,6 +57,8 @@ def read_pth(file: BinaryIO) -> dict[str, np.ndarray]:
     """Tensors by name of what torch.save wrote: a zip file of a pickle and of one entry for each storage."""
     archive = zipfile.ZipFile(file)
     root = next((n for n in archive.namelist() if n.endswith("data.pkl")), "data.pkl").removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise ValueError("its numbers are big-endian")
 
     def tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
         _, kind, key, _, length = storage
@@ -144,7 +146,10 @@ def official_config(tensors: dict[str, np.ndarray]) -> E.Config:
             if shape(a)[1] != shape(b)[0]:
                 raise ValueError(f"{b} is {list(shape(b))}, but {a} {list(shape(a))}")
         inner.append(max((shape(a)[1] for a, _ in names), default=1))
-    cfg = E.Config(D, layers, N, V, F, tuple(inner))
+    try:
+        cfg = E.Config(D, layers, N, V, F, tuple(inner))
+    except E.UserError as e:
+        raise ValueError(str(e)) from None  # so that the file is named
     for names, what in (set(cfg.params) - set(tensors), "lacks"), (set(tensors) - set(cfg.params), "has"):
         if names:
             raise ValueError(f"it {what} {min(names)}, unlike an RWKV-7")
@@ -163,7 +168,7 @@ def entries(p: E.Param, tensor: np.ndarray) -> np.ndarray:
     if w.shape != (p.out, p.cols) if p.cols else w.size != p.out:  # a vector may be [1, 1, D], and r_k is [H, N]
         raise ValueError(f"{p.name} is {list(tensor.shape)}, which does not fit the other tensors")
     w = (w.astype(np.uint32) << 16).view(np.float32) if w.dtype == np.uint16 else w.astype(np.float32)
-    if not (np.abs(w) < 1e30).all():  # so neither is NaN
+    if not (np.abs(w) < 1e6).all():  # so neither is NaN
         raise ValueError(f"{p.name} has entries that are too large or not finite")
     return w.reshape(p.out, -1)
 
@@ -253,7 +258,8 @@ def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
     except Exception as e:
         if kind := other_kind(path):
             raise E.UserError(f"{path} is {kind}") from None
-        cause = f"cannot read {path} ({e.strerror})" if isinstance(e, OSError) else f"{path} is no {what} ({e})"
+        why = f"{str(e) or type(e).__name__:.200}"
+        cause = f"cannot read {path} ({e.strerror})" if isinstance(e, OSError) else f"{path} is no {what} ({why})"
         raise E.UserError(f"{cause}: {remedy}") from None
 
 
@@ -284,7 +290,7 @@ def convert(path: Path, vocab: Path | None = None) -> E.Model:
     Raises E.UserError unless every tensor of an RWKV-7 is there, whole, finite and in shape, and no other.
     """
     tokens = [chr(byte) for byte in range(256)]
-    with reading(path, "whole RWKV-7 checkpoint", OTHER_FILE), open(path, "rb") as file:
+    with reading(path, "whole RWKV-7 checkpoint", OTHER_FILE), np.errstate(over="ignore"), open(path, "rb") as file:
         tensors = official((read_safetensors if path.suffix.lower() == ".safetensors" else read_pth)(file))
         cfg = official_config(tensors)
         if vocab:
@@ -300,6 +306,7 @@ def convert(path: Path, vocab: Path | None = None) -> E.Model:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 for what the user can mend."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: p.exit(2, f"convert: {message}; --help lists the options\n")
     p.add_argument("file", type=Path, help="the checkpoint, .pth or .safetensors")
     p.add_argument("--vocab", type=Path, help="its tokens: rwkv_vocab_v20230424.txt")
     p.add_argument("--out", type=Path, required=True, help="the model.npz to write")

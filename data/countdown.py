@@ -12,6 +12,7 @@ training does not see it. `document` writes what a model can be pretrained on: a
 
 import argparse
 import ast
+import contextlib
 import itertools
 import json
 import operator
@@ -50,8 +51,11 @@ def value(node: ast.expr, left: list[int]) -> Fraction:
 
 
 def problem(rng: random.Random, operators: str = "+-", count: int = 3, most: int = 15) -> dict:
-    """One problem of `count` numbers from 1 to `most`, and a target from 1 to 100 that these operators make of them."""
-    while True:
+    """One problem of `count` numbers from 1 to `most`, and a target from 1 to 100 that these operators make of them.
+
+    Raises ValueError where they hardly ever make one.
+    """
+    for _ in range(10_000):
         numbers = [rng.randint(1, most) for _ in range(count)]
         parts = [(Fraction(n), str(n)) for n in numbers]
         while len(parts) > 1:
@@ -65,6 +69,7 @@ def problem(rng: random.Random, operators: str = "+-", count: int = 3, most: int
             shown = " ".join(map(str, numbers))
             return {"prompt": f"{shown} make {target}: ", "answer": {"numbers": numbers, "target": int(target)},
                     "solution": solution if set(operators) - set("+-") else think(numbers, int(target))}
+    raise ValueError("no target up to 100")
 
 
 def tenth(one: dict) -> int:
@@ -115,12 +120,15 @@ def main() -> None:
         parser.error("give 10 to 1000000 --problems, --count 2 to 6, --most 2 to 100, --held-out 0 to 9, "
                      '--operators of "+-*/"')
     rng, found, some = random.Random(args.seed), ({}, {}), args.problems // 10  # to train on, and held out
-    for _ in range(20 * args.problems):
-        if len(found[0]) < args.problems - some or len(found[1]) < some:
-            one = problem(rng, args.operators, args.count, args.most)
-            found[tenth(one) == args.held_out][one["prompt"]] = one
+    with contextlib.suppress(ValueError):
+        for _ in range(20 * args.problems):
+            if len(found[0]) < args.problems - some or len(found[1]) < some:
+                one = problem(rng, args.operators, args.count, args.most)
+                found[tenth(one) == args.held_out][one["prompt"]] = one
     held = min(len(found[1]), len(found[0]) // 9, some)
     chosen = [*itertools.islice(found[0].values(), 9 * held), *itertools.islice(found[1].values(), held)]
+    if not held:
+        parser.error("so few problems are there: give other --operators, --count or --most")
     try:
         with open(args.out, "x", encoding="utf-8") as f:
             f.writelines(json.dumps(one) + "\n" for one in chosen)

@@ -268,6 +268,10 @@ def main() -> None:
         parser.error(f"--seed must be 0 or more and --bytes 1 to 1000000000, not {args.seed} and {args.bytes}")
     if args.out.suffix != ".txt" or args.out.is_dir() or not args.out.parent.is_dir():
         parser.error(f"--out must be a .txt file in a folder that exists, not {args.out}")
+    if args.out.resolve() != Path(__file__).resolve().with_name("tales.txt"):
+        for path in args.out, args.out.with_suffix(".entropy"):
+            if path.exists():
+                parser.error(f"{path} exists and would be lost: give another --out")
 
     rng, pages, size, spent = random.Random(args.seed), [], 0, 0.0
     while size < args.bytes:

@@ -100,7 +100,7 @@ def main() -> None:
         parser.error("these runs measure accuracy, and simple models have none: leave out --data")
     try:
         marks = yardsticks(args.data, args.folders[0] / "model.npz") if args.data else {}
-    except (OSError, E.UserError) as error:
+    except (OSError, ValueError, ZeroDivisionError) as error:  # a UserError is a ValueError
         parser.error(f"cannot measure {args.data} ({error}): give the text of the runs with --data")
     try:
         draw(logs, *kinds, marks, args.x, args.title, out)
