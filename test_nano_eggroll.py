@@ -19,12 +19,14 @@ import os
 import platform
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -690,6 +692,86 @@ def test_a_kernel_is_compiled_in_one_way_or_another(cc, flags, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@needs_c
+def test_a_compiler_told_to_be_inexact_is_told_otherwise(monkeypatch):
+    monkeypatch.setenv("CC", "cc -Ofast -ffast-math")
+    monkeypatch.setattr(E, "load_c", LOAD)
+    assert_equals_numpy(E.make_backend("c", POOL[1], 1), 1, 9, 20, 1.0)
+
+
+def wrong_calls():
+    """Arguments of `play`, of which each is wrong in one way, and what is said of it; the first ones are right."""
+    m, text = random_model(TINY), random_text(TINY, 30)
+    right = {"model": m, "text": text, "start": np.zeros(3, np.int64), "T": 4, "member": np.arange(3),
+             "noise": (0, 0, 1.0)}
+    runs, arrays = "a member's text does not lie in the text", "an array is "
+    wrong = [
+        (runs, {"start": np.array([0, 0, 26])}), (runs, {"start": np.array([0, -1, 0])}), (runs, {"T": 30}),
+        (runs, {"start": np.zeros(2, np.int64)}), (runs, {"member": np.arange(4)}), (runs, {"text": text + 5}),
+        (runs, {"text": text.astype(np.int32)}), (runs, {"text": text[::2]}), (runs, {"text": text[:0]}),
+        (runs, {"text": np.zeros(9999, np.uint16), "T": E.LONGEST + 1}),
+        (arrays, {"model": replace(m, q=m.q[1:])}), (arrays, {"model": replace(m, q=m.q.astype(int))}),
+        (arrays, {"model": replace(m, scale=m.scale.astype(float))}), (arrays, {"model": random_model(POOL[1])}),
+        (arrays, {"logits": np.zeros((3, 4, 4), np.float32)}), (arrays, {"state": E.zero_state(TINY, 2)}),
+        (arrays, {"logits": np.zeros((3, 4, 5))}), (arrays, {"given": np.ones(2, np.int32)})]
+    return right, wrong
+
+
+@every_backend
+def test_arrays_that_a_kernel_would_leave_are_refused(backend):
+    """By numpy at least what lies beyond a text."""
+    b, (right, wrong) = backend_of(backend, TINY, 1), wrong_calls()
+    assert (b.play(**right) > 0).all()
+    for said, change in wrong:
+        if backend != "numpy" or said.startswith("a member"):
+            with pytest.raises(E.UserError, match=said):
+                b.play(**{**right, **change})
+    if backend != "numpy":
+        with pytest.raises(E.UserError, match="contiguous"):
+            b.update(replace(right["model"], q=right["model"].q[1:]), np.ones(2, np.int8), 0, 0, 1.0)
+
+
+@every_backend
+def test_a_model_of_no_numbers_still_writes_tokens(backend):
+    m, text = random_model(TINY), np.zeros(64, np.uint16)
+    m.scale[:] = np.nan
+    E.make_backend(backend, TINY, 1).play(m, text, np.arange(4) * 16, 15, np.arange(4), (0, 0, 1.0),
+                                          np.ones(4, np.int32), 15, 0.5)
+    assert text.max() < TINY.vocab
+
+
+@needs_c
+def test_one_backend_serves_two_threads_and_a_fork():
+    b, models = backend_of("c", POOL[1], 1, 2), [random_model(POOL[1], i) for i in range(2)]
+    args = random_text(POOL[1]), np.arange(99), 99, np.arange(99), (0, 0, 1.0)
+    alone = [b.play(m, *args) for m in models]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda i: b.play(models[i % 2], *args), range(8)))
+    for i, cost in enumerate(found):
+        np.testing.assert_array_equal(cost, alone[i % 2])
+    if hasattr(os, "fork"):
+        pipe = os.pipe()
+        if not (child := os.fork()):
+            try:
+                os.write(pipe[1], b.play(models[0], *args).tobytes())
+            finally:
+                os._exit(0)
+        os.close(pipe[1])
+        assert select.select(pipe[:1], [], [], 60)[0], "the child waits for threads that it does not have"
+        assert os.read(pipe[0], 9999) == alone[0].tobytes()
+        os.waitpid(child, 0)
+        os.close(pipe[0])
+
+
+@needs_c
+def test_too_many_threads_are_one_line(monkeypatch):
+    b = backend_of("c", TINY, 1, 3)
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    E.pool.cache_clear()
+    with pytest.raises(E.UserError, match="can't start new thread.*--threads"):
+        b.play(**wrong_calls()[0] | {"start": np.zeros(99, np.int64), "member": np.arange(99)})
+
+
 def test_threads_are_what_the_quota_pays_for(tmp_path, monkeypatch):
     monkeypatch.setattr(E, "Path", lambda path: Path(f"{tmp_path}{path}"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
@@ -709,12 +791,15 @@ def test_threads_are_what_the_quota_pays_for(tmp_path, monkeypatch):
 
 @posix
 @pytest.mark.parametrize(("compiler", "remedy"), [
-    ("", "install"), ("exit 1", "set CC"), ("exit 0", "No such file.*set TMPDIR"),
-    (f"PATH={os.environ['PATH']}; {TRAP} | gcc $*", "signal 4.*set TMPDIR")], ids=["none", "fails", "noexec", "SIGILL"])
+    ("", "install"), ("exit 1", "exit code 1.*set CC"), ("\177ELF", "Exec format error.*set CC"),
+    ("printf 'In k.c:\\n\\377 error: 7\\nat 3' >&2; exit 1", "error: 7.: set CC"),
+    ("exit 0", "No such file.*set TMPDIR"),
+    (f"PATH={os.environ['PATH']}; {TRAP} | gcc $*", "exit code -4.*set TMPDIR")],
+    ids=["none", "fails", "foreign", "says", "noexec", "SIGILL"])
 def test_without_a_compiler_that_works_numpy_goes_on(compiler, remedy, tmp_path, monkeypatch, capsys):
     """There is none, it fails, or its library does not run: a folder is mounted noexec, a CPU lacks an instruction."""
     if compiler:
-        (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "cc").write_text(compiler if compiler[0] == "\177" else f"#!/bin/sh\n{compiler}\n")
         (tmp_path / "cc").chmod(0o755)
     monkeypatch.setattr(E, "load_c", LOAD)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -921,6 +1006,9 @@ def test_a_model_survives_saving_and_is_refused_when_damaged(tmp_path):
     E.save_model(replace(model, residual=model.residual[1:]), path)
     with pytest.raises(E.UserError, match="do not fit"):
         E.load_model(path)
+    E.save_model(replace(model, scale=model.scale * np.float32(np.inf)), path)
+    with pytest.raises(E.UserError, match="not finite"):
+        E.load_model(path)
     assert os.listdir(tmp_path) == ["model.npz"]
 
 
@@ -981,11 +1069,61 @@ def test_a_run_of_another_version_is_refused_in_one_line(change, stopped, capsys
 
 def test_a_model_is_written_beside_whatever_else_is_there(tmp_path):
     (tmp_path / "world.tmp").write_text("precious")
+    (tmp_path / "world.npz.tmp").symlink_to("world.tmp")
     model = E.new_model(TINY, 0)
     for name in "world.npz", "model.tmp":
         E.save_model(model, tmp_path / name)
         assert E.load_model(tmp_path / name).sha256() == model.sha256()
     assert (tmp_path / "world.tmp").read_text() == "precious"
+
+
+IMPORTED = ("{python} -c 'import sys, concurrent.futures as c; "
+            f"sys.path.insert(0, \"{HERE}\"); import nano_eggroll as E; ")
+PLACES = {  # where a run goes on: a command of the shell
+    "docstrings stripped": "{python} -OO {main} {args}", "isolated": "{python} -I {main} {args}",
+    "no output": "{python} {main} {args} >&-", "no input": "{python} {main} {args} <&-",
+    "no HOME": "env -u HOME {python} {main} {args}", "LANG=C": "LC_ALL=C PYTHONUTF8=0 {python} {main} {args}",
+    "no TMPDIR": "TMPDIR=/nowhere {python} {main} {args}", "another folder": "cd / && {python} {main} {args}",
+    "a link": "ln -s {main} ö\\ ü.py && {python} ö\\ ü.py {args}", "nohup": "nohup {python} {main} {args}",
+    "a thread": IMPORTED + "sys.exit(c.ThreadPoolExecutor().submit(E.main, sys.argv[1:]).result())' {args}",
+    "no locks": IMPORTED + "E.fcntl.flock = lambda *_: open(\"/nowhere\"); sys.exit(E.main(sys.argv[1:]))' {args}"}
+
+
+@posix
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_goes_on_anywhere(place, stopped, monkeypatch):
+    monkeypatch.chdir(stopped.out.parent)
+    command = PLACES[place].format(python=sys.executable, main=MAIN, here=HERE, args=" ".join(stopped.resume))
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(stopped.out, stopped.whole)
+
+
+@posix
+def test_lines_fit_a_terminal(prose, tmp_path):
+    """Those that the next one is to overwrite."""
+    args = [*QUICK, "--steps", "50", "--data", prose, "--backend", "numpy", "--out", tmp_path]
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "COLUMNS": "40"}
+    with subprocess.Popen([sys.executable, MAIN, *map(str, args)], stdout=theirs, env=environment) as run:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # its end, on Linux
+            while part := os.read(ours, 9999):
+                shown += part
+    os.close(ours)
+    assert run.returncode == 0
+    passing = re.findall(r"([^\r\n]*)\x1b\[K\r(?!\n)", shown.decode())
+    assert passing
+    assert max(map(len, passing)) == 39
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_left_alone(stopped, prose, monkeypatch, capsys):
+    monkeypatch.setattr(E, "prepare_out", lambda out: stopped.out)
+    before = contents(stopped.out)
+    args = [*QUICK, "--vocab", "bytes", "--data", prose, "--backend", "numpy"]
+    assert "another run has written to" in main(capsys, *args, code=2)[1]
+    assert contents(stopped.out) == before
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
@@ -1031,7 +1169,7 @@ def main_after(preparation, args):
 
 @posix
 @pytest.mark.parametrize("room", [0, 200, 30_000])
-def test_a_full_disk_ends_the_run_and_loses_nothing(room, stopped, capsys):
+def test_a_full_disk_ends_the_run_and_loses_nothing(room, stopped, prose, capsys):
     """No file may grow beyond so many bytes (RLIMIT_FSIZE); then there is room again."""
     assert (stopped.out / "model.npz").stat().st_size > 30_000
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))"
@@ -1043,6 +1181,11 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(room, stopped, capsys):
     assert not list(stopped.out.glob("*.tmp"))
     main(capsys, *stopped.resume)
     assert_same_run(stopped.out, stopped.whole)
+    if not room:
+        return
+    done = main_after(limit, [*QUICK, "--vocab", "bytes", "--data", prose, "--backend", "numpy",
+                              "--out", stopped.out / "new"])
+    assert done.stderr.endswith(f"{stopped.out}/new (File too large): mend that, then start again\n")
 
 
 @posix
@@ -1651,6 +1794,10 @@ def test_a_process_of_a_job_without_mpi_is_one_line(tmp_path, monkeypatch, capsy
     alone = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1), get_vendor=lambda: ("Another MPI", (1,)))
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=alone))
     assert "Another MPI" in main(capsys, code=2)[1]
+    broken = type(sys)("mpi4py")
+    broken.__getattr__ = lambda name: 1 / 0
+    monkeypatch.setitem(sys.modules, "mpi4py", broken)
+    assert "division by zero" in main(capsys, code=2)[1]
     assert not list(tmp_path.iterdir())
 
 
