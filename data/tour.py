@@ -4,12 +4,13 @@
     python data/tour.py --check --effort 0.03       with smaller sizes, some seconds; writes nothing
 
 Cells run in one namespace, in the folder of the notebook. Their assertions are the test of what the text says: the
-first cell that fails ends it, with one line and exit code 1.
+first cell that fails ends it, with one line and exit code 1. The picture of the cell `life` becomes tour.png.
 """
 
 import argparse
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -42,6 +43,11 @@ def execute(source: str, names: dict[str, Any], where: str) -> list[dict]:
     return outputs
 
 
+def sources(cells: list[dict]) -> str:
+    """Hash of the cells' sources, by which outputs of other cells are known as such."""
+    return hashlib.sha256(json.dumps(["".join(cell["source"]) for cell in cells]).encode()).hexdigest()
+
+
 def cause(error: Exception, cell: dict) -> str:
     """What went wrong in a cell, and at which of its lines, in one line."""
     numbers = [frame.lineno or 1 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == cell["id"]]
@@ -65,6 +71,7 @@ def main() -> None:
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{args.notebook} is not a notebook ({error!r:.100}): give one, or none for that of the tour")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the first cell has it, for which numpy is loaded too early
     try:
         import matplotlib
     except ImportError:
@@ -83,8 +90,11 @@ def main() -> None:
     print(f"{len(cells)} cells in {time.monotonic() - began:.0f} s")
     if args.check:
         return
-    new = path.with_suffix(".tmp")
+    notebook.setdefault("metadata", {})["sources_sha256"] = sources(cells)
+    new, life = path.with_suffix(".tmp"), [cell["outputs"][-1] for cell in cells if cell["id"] == "life"]
     try:
+        for picture in life:
+            path.with_suffix(".png").write_bytes(base64.b64decode(picture["data"]["image/png"]))
         new.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(new, path)  # whole or not at all
     except OSError as error:
