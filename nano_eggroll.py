@@ -1307,8 +1307,8 @@ INLINE vf gumbel(Call *m, const fs *z, float heat, int at, int v) {
 }
 FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
   const vf best = TOP_ALL(v, VOCAB, -3e38f, gumbel(m, z, heat, at, v));
-  const vf first = TOP_ALL(v, VOCAB, 1.0f - VOCAB,  // of equals the first; always a token, even where all are NaN
-                           PICK(gumbel(m, z, heat, at, v) >= best, splat(-1.0f * v), splat(1.0f - VOCAB)));
+  const vf first = TOP_ALL(v, VOCAB, -65536.0f,   // of equals the first, and so it is where all are NaN
+                           PICK(gumbel(m, z, heat, at, v) < best, splat(-65536.0f), splat(-1.0f * v)));
   return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
 }
 
@@ -2044,7 +2044,7 @@ def save_model(model: Model, path: Path) -> None:
     new = path.with_name(f"{path.name}.tmp")
     try:
         new.unlink(missing_ok=True)  # it may be a link to something else
-        with open(new, "xb") as file:
+        with open(new, "wb") as file:
             np.savez(file, q=model.q, scale=model.scale, residual=model.residual,
                      meta=np.frombuffer(json.dumps(meta).encode(), np.uint8))
             file.flush()
