@@ -773,6 +773,7 @@ def test_too_many_threads_are_one_line(monkeypatch):
     E.pool.cache_clear()
     with pytest.raises(E.UserError, match="can't start new thread.*--threads"):
         b.play(**wrong_calls()[0] | {"start": np.zeros(99, np.int64), "member": np.arange(99)})
+    E.pool.cache_clear()  # of threads that never were
 
 
 def test_threads_are_what_the_quota_pays_for(tmp_path, monkeypatch):
@@ -1096,7 +1097,7 @@ PLACES = {  # where a run goes on: a command of the shell
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_goes_on_anywhere(place, stopped, monkeypatch):
     monkeypatch.chdir(stopped.out.parent)
-    command = PLACES[place].format(python=sys.executable, main=MAIN, here=HERE, args=" ".join(stopped.resume))
+    command = PLACES[place].format(python=sys.executable, main=MAIN, args=" ".join(stopped.resume))
     done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert_same_run(stopped.out, stopped.whole)
