@@ -1296,7 +1296,8 @@ FUNCTION vi loss(Call *m, const fs *z, vi next) {
   vf target;
   FOR_LANE(l) AT(target, l) = AT(z[AT(next, l)], l);
   const vf bits = log2_(total) - (target - top) * LOG2E;
-  return AS_I(vmin(bits, splat(63.0f)) * 4096.0f + MAGIC) - AS_I(splat(MAGIC));
+  const vf most = splat(63.0f);                   // and so much where it is NaN
+  return AS_I(PICK(bits < most, bits, most) * 4096.0f + MAGIC) - AS_I(splat(MAGIC));
 }
 
 // The token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
