@@ -463,16 +463,21 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.rint(np.fmin(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
 
 
+def heat_of(temperature: float) -> np.float32:
+    """log2(e) / temperature; 0, which is for the likeliest token, where that would be too large for a float32."""
+    return LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
+
+
 def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.ndarray:
     """The next token, int64 [P], for logits [P, V]: the likeliest or, at a temperature, a draw from the softmax.
 
     Gumbel-max: the largest of logit / temperature + Gumbel noise is such a draw. The noise is -log2(-log2 u) of uniform
     u from words `word`, ... of the members' streams; a pair shares it, so its members differ by their weights alone.
     """
-    if temperature > 1e-6:
+    if heat := heat_of(temperature):
         h = noise_words(keys, word + np.arange(logits.shape[1]))
         u = ((h >> np.uint32(9)).astype(F32) + F32(0.5)) * F32(2**-23)
-        logits = logits * (LOG2E / F32(temperature)) - log2(-log2(u))
+        logits = logits * heat - log2(-log2(u))
     return logits.argmax(1)
 
 
@@ -1576,14 +1581,14 @@ class KernelBackend:
         given = np.full(n, T + 1, np.int32) if given is None else np.ascontiguousarray(given, np.int32)
         check_runs(self.cfg, text, start, T, member)
         self.check(model, (given, np.int32, (n,)), (logits, F32, (n, T, self.cfg.vocab)),
-                   (state, F32, (n, *zero_state(self.cfg, 1).shape[1:])))
-        heat = LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
+                   (state, F32, (n, *zero_state(self.cfg, 0).shape[1:])))
         with self.lock:  # `packed` holds one model at a time
             self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
             self.launch("play", range(-(-n // self.launch.needs.lanes)), (
                 model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
-                np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length), heat,
-                np.int32(stop)), [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
+                np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length),
+                heat_of(temperature), np.int32(stop)),
+                [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
         return cost
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
