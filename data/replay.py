@@ -37,17 +37,15 @@ def replay(given: dict) -> None:
     if not (saved.step if saved else 1) <= len(scores) <= s.steps:
         raise E.UserError(f"{out / 'scores.bin'} has {len(scores)} steps of population {s.population}, unlike the run: "
                           "give another copy, or the options that the run had")
-    backend, team, same = E.make_backend(s.backend or None, model.cfg, s.rank, s.threads or None), E.Team(), True
-    team.lead(backend, model)
+    backend, same = E.make_backend(s.backend or None, model.cfg, s.rank, s.threads or None), True
     # Options alone may be others than the run had: then its last step would have had other scores
     task = None if saved else (E.AnswerTask if s.task else E.TextTask)(replace(s, eval=True), vocab)
     for f in [*scores, None]:
         if saved and model.step == saved.step:
             same = model.sha256() == saved.sha256()
         if task and model.step == len(scores) - 1:
-            trial = replace(model, q=model.q.copy(), residual=model.residual.copy())
-            same = (E.es_step(trial, backend, s, team.share(task.fitness))[1] == f).all()
-        if f is not None:
+            same = (E.es_step(model, backend, s, task.fitness)[1] == f).all()  # where it is, the move is that of f, too
+        elif f is not None:
             E.move(model, backend, s, f)
     if not same:
         raise E.UserError("these options give other scores in the last step: give those that the run had" if task else
