@@ -1185,8 +1185,6 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(room, stopped, prose, capsys
     assert not list(stopped.out.glob("*.tmp"))
     main(capsys, *stopped.resume)
     assert_same_run(stopped.out, stopped.whole)
-    if not room:
-        return
     done = main_after(limit, [*QUICK, "--vocab", "bytes", "--data", prose, "--backend", "numpy",
                               "--out", stopped.out / "new"])
     assert done.stderr.endswith(f"{stopped.out}/new (File too large): mend that, then start again\n")
@@ -2066,7 +2064,6 @@ def test_without_matplotlib_the_tour_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         script("tour", "--check")
     assert re.fullmatch("tour: .*: pip install matplotlib\n", capsys.readouterr().err)
-
 
 
 # ---- data/backprop.py

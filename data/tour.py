@@ -91,7 +91,7 @@ def main() -> None:
     if args.check:
         return
     notebook.setdefault("metadata", {})["sources_sha256"] = sources(cells)
-    new, life = path.with_suffix(".tmp"), [cell["outputs"][-1] for cell in cells if cell["id"] == "life"]
+    new, life = path.with_name(f"{path.name}.tmp"), [cell["outputs"][-1] for cell in cells if cell["id"] == "life"]
     try:
         for picture in life:
             path.with_suffix(".png").write_bytes(base64.b64decode(picture["data"]["image/png"]))
