@@ -47,6 +47,7 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's shape, and the table of its parameters
 
+ROWS = "emb.weight", "head.weight"  # a row of these belongs to a token
 MLPS = "wavg"  # RWKV-7 has four small MLPs: for the decay w, in-context learning rate a, value residual v and gate g
 
 
@@ -135,8 +136,13 @@ class Config:
 
     @cached_property
     def trained(self) -> list[Param]:
-        """The parameters that are not frozen, which are the units of an update."""
-        return [p for p in self.params.values() if p.word >= 0]
+        """The parameters that are not frozen, which are the units of an update; last those of `rows`."""
+        return sorted((p for p in self.params.values() if p.word >= 0), key=lambda p: p.name in ROWS)
+
+    @cached_property
+    def rows(self) -> list[Param]:
+        """Those of them whose rows belong to tokens."""
+        return [p for p in self.trained if p.name in ROWS]
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -463,6 +469,27 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.rint(np.fmin(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
 
 
+AHEAD = 4  # tokens whose costs a row of the embedding answers for, each half as much as the one before
+LIKELY = 6  # bits: a token that would have cost no more had a say, so its row of the head answers for the cost
+MOST = 127 * 256 + 127  # a credit is two int8 digits
+
+
+def answer_for(credit: np.ndarray, logits: np.ndarray, read: np.ndarray, target: np.ndarray, cost: np.ndarray) -> None:
+    """Credit the rows of embedding and head with what one token says of them: int32 [2, P/2, V], is added to.
+
+    logits [P, V], of members who are pairs; read: the tokens read so far, int64 [<= AHEAD, P/2], the last one first;
+    target, cost: the token to predict, int64 [P], and its cost to each, int32 [P].
+    """
+    pair, member = np.arange(len(cost) // 2), np.arange(len(cost))
+    d = cost[1::2] - cost[::2]
+    for k, token in enumerate(read):
+        credit[0, pair, token] += d >> k
+    least = logits[member, target] + (cost.astype(F32) - F32(LIKELY * BITS)) * F32(math.log(2) / BITS)
+    say = logits >= least[:, None]  # where the probability is 2^-LIKELY or more
+    say[member, target] = True
+    credit[1] += (say[::2].astype(np.int32) + say[1::2]) * d[:, None]
+
+
 def heat_of(temperature: float) -> np.float32:
     """log2(e) / temperature; 0, which is for the likeliest token, where that would be too large for a float32."""
     return LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
@@ -517,23 +544,27 @@ class NumpyBackend:
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
              noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
-             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
+             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None,
+             credit: np.ndarray | None = None) -> np.ndarray:
         """Cost of predicting T tokens in each of n runs, in 1/4096 bit: int32 [n].
 
         Run i is member[i] (int64 [n]) reading text[start[i]:] (uint16 tokens; int64 [n]): it must predict what follows
         each of T tokens. Any member may have any number of runs. noise: (seed, step, sigma), sigma 0 for the model
         itself. With given (int32 [n], at least 1) only so many tokens are there, and the run writes what follows into
         text, see `choose`: up to `length` tokens or the token `stop` (-1: none), and then it is done. state (see
-        `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done.
+        `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done. credit
+        (int16 [2, n/2, V]) gets what rows of embedding and head answer for, where runs 2i and 2i + 1 are of a pair and
+        read the same.
         """
         cfg, cost = self.cfg, np.zeros(len(start), np.int32)
         check_runs(cfg, text, start, T, member)
         state = zero_state(cfg, len(start)) if state is None else state
         given = np.full(len(start), T + 1, np.int32) if given is None else given
-        some = max(1, min(256, 2**25 // zero_state(cfg, 1).size))  # runs at a time, so that memory is bounded
+        some = 2 * max(1, min(128, 2**24 // zero_state(cfg, 1).size))  # runs at a time, so that memory is bounded
         for part in (slice(i, i + some) for i in range(0, len(start), some)):
             at, done = start[part], np.zeros(len(start[part]), bool)
             low_rank, keys = draw(cfg, self.rank, member[part], *noise), pair_keys(*noise[:2], member[part] // 2)
+            total = np.zeros((2, len(at) // 2, cfg.vocab), np.int32)
             for t in range(T):
                 z = step(model, low_rank, text[at + t], state[part])
                 own = ~done & (given[part] <= t + 1)  # the runs that write this token
@@ -541,13 +572,47 @@ class NumpyBackend:
                     word = self.rank * cfg.sizes.words + t * cfg.vocab  # beyond the noise of the weights
                     text[at[own] + t + 1] = choose(z, keys, word, temperature)[own]
                 following = text[at + t + 1]
-                cost[part] += np.where(done, 0, loss(z, following))
+                bits = loss(z, following)
+                cost[part] += np.where(done, 0, bits)
+                if credit is not None:
+                    read = [text[at[::2] + t - k] for k in range(min(AHEAD, t + 1))]
+                    answer_for(total, z, read, following.astype(np.int64), bits)
                 if logits is not None:
                     logits[part, t] = z
                 done |= own & ((following == stop) | (t + 2 >= given[part] + length))
                 if done.all():
                     break
+            if credit is not None:
+                credit[:, part.start // 2:part.start // 2 + len(at) // 2] = np.clip(total, -MOST, MOST)
         return cost
+
+    def credit(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+               noise: tuple[int, int, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The costs that `play` finds, and what they say of the rows of embedding and head, as exact sums over pairs.
+
+        F_i[v] is the credit of row v. Returns cost int32 [n]; Z = sum_i F_i[v] A_i[v] B_i, int64 [2, V, D]; and
+        sum_i F_i[v]^2, int64 [2, V]. Both are 0 of what is frozen.
+        """
+        cost, Z, square = empty_credit(self.cfg, len(start))
+        for part in parts_of(self.cfg, self.rank, len(start)):
+            F = np.zeros((2, len(start[part]) // 2, self.cfg.vocab), np.int16)
+            cost[part] = self.play(model, text, start[part], T, member[part], noise, credit=F)
+            keys = pair_keys(*noise[:2], member[part][::2] // 2)
+            for p in self.cfg.rows:
+                i = ROWS.index(p.name)
+                Z[i] += self.outer(p, F[i], keys)
+                square[i] += (F[i].astype(np.int64) ** 2).sum(0)
+        return cost, Z, square
+
+    def outer(self, p: Param, f: np.ndarray, keys: Keys) -> np.ndarray:
+        """sum_i f_i A_i B_i^T of parameter p, int32 [out, cols], for f int8 [n], or int16 [n, out] of each row."""
+        Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
+        some = 256 // self.rank  # at a time, for memory; sums below 2^24 are exact in a float32 product
+        for part in (slice(i, i + some) for i in range(0, len(f), some)):
+            A, B = factors(self.cfg, p, (keys[0][part], keys[1][part]), self.rank)
+            fA = f[part].reshape(len(A), 1, -1) * A.astype(F32)
+            Z += (fA.reshape(-1, p.out).T @ B.astype(F32).reshape(-1, B.shape[2])).astype(np.int32)
+        return Z
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: slice | None = None) -> None:
@@ -555,15 +620,21 @@ class NumpyBackend:
 
         f: -127 to 127; units: which of `cfg.trained` are moved, by default all.
         """
+        keys = pair_keys(seed, step, np.arange(len(f)))
         for p in self.cfg.trained[units or slice(None)]:
-            Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
-            for i in range(0, len(f), 256):  # for memory; sums below 2^24 are exact in a float32 product
-                part = f[i:i + 256]
-                A, B = factors(self.cfg, p, pair_keys(seed, step, np.arange(i, i + len(part))), self.rank)
-                fA = (part[:, None, None] * A.astype(F32)).reshape(-1, p.out)
-                Z += (fA.T @ B.astype(F32).reshape(len(fA), -1)).astype(np.int32)
             at = slice(p.at, p.at + p.size)
-            feed_back(model.q[at], model.residual[at], Z.astype(F32).ravel() * F32(gain))
+            feed_back(model.q[at], model.residual[at], self.outer(p, f, keys).astype(F32).ravel() * F32(gain))
+
+
+def empty_credit(cfg: Config, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `credit` returns for n runs, of zeros."""
+    return np.zeros(n, np.int32), np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
+
+
+def parts_of(cfg: Config, rank: int, n: int) -> list[slice]:
+    """n runs in parts, whose credits take 32 MB at most, and whose sums of them fit int32."""
+    some = 2 * max(1, min(2**16 // rank, 2**25 // (4 * cfg.vocab)))
+    return [slice(i, min(i + some, n)) for i in range(0, n, some)]
 
 
 Backend = Any  # NumpyBackend, or one of part 2 with the same methods
@@ -627,6 +698,14 @@ def shape_fitness(d: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
+class Credit(NamedTuple):
+    """A fitness, and what rows of embedding and head answer for themselves; see `NumpyBackend.credit`."""
+
+    fitness: np.ndarray  # [P]
+    Z: np.ndarray  # int64 [2, V, D]
+    square: np.ndarray  # int64 [2, V]
+
+
 class Members(NamedTuple):
     """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
 
@@ -642,6 +721,12 @@ class Members(NamedTuple):
         """Bits/4096 that it costs member m to predict T tokens after text[start[m]] (uint16), int32 [P]."""
         text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
         return self.backend.play(self.model, text, start, tokens, self.numbers, self.noise)
+
+    def credit(self, text: np.ndarray, start: np.ndarray, tokens: int) -> Credit:
+        """The same as fitness, and the rows of embedding and head answer for their own tokens."""
+        text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
+        cost, Z, square = self.backend.credit(self.model, text, start, tokens, self.numbers, self.noise)
+        return Credit(-cost, Z, square)
 
     def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
                temperature: float = 0.0) -> list[np.ndarray]:
@@ -662,15 +747,21 @@ class Members(NamedTuple):
         return [tokens[:(tokens == stop).argmax()] if stop in tokens else tokens for tokens in written]
 
 
-def move(model: Model, backend: Backend, es: ES, f: np.ndarray) -> None:
+def move(model: Model, backend: Backend, es: ES, f: np.ndarray, credit: Credit | None = None) -> None:
     """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
 
     Z / (||f|| sqrt(R)) has unit variance where there is no signal (||f||: norm over the pairs), so the learning rate is
     the size of a move in int8 steps, whatever the size of f, sigma and the gradient.
     """
+    rate, rows = es.rate(model.step) * 2**15, model.cfg.rows if credit else []
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
     if norm:
-        backend.update(model, f, es.seed, model.step, es.rate(model.step) * 2**15 / norm)
+        units = slice(0, len(model.cfg.trained) - len(rows))
+        backend.update(model, f, es.seed, model.step, rate / norm, units)
+    for p in rows:
+        i, at = ROWS.index(p.name), slice(p.at, p.at + p.size)
+        gain = rate / np.sqrt(es.rank * np.maximum(credit.square[i], 1))
+        feed_back(model.q[at], model.residual[at], (credit.Z[i] * gain[:, None]).ravel())
     model.step += 1
 
 
@@ -684,7 +775,9 @@ def es_step(model: Model, backend: Backend, es: ES,
     """
     if backend.rank != es.rank:
         raise UserError(f"the backend is of rank {backend.rank}, the settings of rank {es.rank}: make them alike")
-    found = np.asarray(fitness(Members(model, backend, (es.seed, model.step, es.sigma), np.arange(es.population))))
+    found = fitness(Members(model, backend, (es.seed, model.step, es.sigma), np.arange(es.population)))
+    credit = found if isinstance(found, Credit) else None
+    found = np.asarray(credit.fitness if credit else found)
     if found.shape != (es.population,):
         raise UserError(f"the fitness has the shape {list(found.shape)}: return one number for each of the "
                         f"{es.population} members")
@@ -692,7 +785,7 @@ def es_step(model: Model, backend: Backend, es: ES,
         found = found if found.dtype == np.int32 else found.astype(F32)
         d = found[::2].astype(float) - found[1::2]
     f = shape_fitness(d)
-    move(model, backend, es, f)
+    move(model, backend, es, f, credit)
     return found, f
 
 
@@ -710,7 +803,7 @@ def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backen
         pass
 
 
-def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
+def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Callable[[Members], np.ndarray]:
     """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
     if len(text) <= tokens:
         raise UserError(f"a text of {len(text)} tokens is too short to predict {tokens}: use a longer one")
@@ -718,7 +811,7 @@ def predict(text: np.ndarray, tokens: int) -> Callable[[Members], np.ndarray]:
     def fitness(members: Members) -> np.ndarray:
         seed, step, _ = members.noise
         start = segments(text, tokens, seed, step, members.numbers // 2)
-        return -members.cost(text, start, tokens)
+        return members.credit(text, start, tokens) if rows else -members.cost(text, start, tokens)
     return fitness
 
 
@@ -788,6 +881,7 @@ typedef long long i64;
   typedef Lanes<int, 36> codes;                   // of which MMA reads two at a time: these are in different banks
   #define PER_LANE(x) x                           // a variable of each lane
   #define AT(v, l) (v)                            // lane l of it, in FOR_LANE(l)
+  #define BESIDE(v, l) __shfl_xor_sync(~0u, (int)(v), 1)  // the other lane of a pair, of integers
   extern __shared__ int4 shared_memory[];         // first a `swap` for each warp, see `product`, then what is FAST
   #define SWAPS (WARPS * 8 * 36 * 4)
   #define FAST(type, other) (sizeof(type) + SWAPS <= SHARED ? (type *)((char *)shared_memory + SWAPS) : (other))
@@ -892,6 +986,7 @@ typedef long long i64;
   #define UNROLL_2 _Pragma("GCC unroll 2")
   #define PER_LANE(x) x[LANES]
   #define AT(v, l) (v)[l]
+  #define BESIDE(v, l) (v)[(l) ^ 1]
   #define SWAPS 0
   #define FAST(type, other) (other)
   #define SLOT(type) ((type *)scratch)
@@ -1000,6 +1095,7 @@ typedef struct ALIGNED {
   fs r[ROOM(D)], w[ROOM(D)], k[ROOM(D)], kk[ROOM(D)], b[ROOM(D)], v[ROOM(D)], a[ROOM(D)], g[ROOM(D)];
   fs y[ROOM(D)], gate[ROOM(D)], inner[ROOM(MLP)], wide[ROOM(F)], logits[ROOM(VOCAB)];
   fs norm[ROOM(D / N)], mean[ROOM(D / N)], bonus[ROOM(D / N)];
+  is own[2][VOCAB];                               // what the rows of embedding and head answer for
   Fast fast;
 } Batch;
 
@@ -1318,10 +1414,28 @@ FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
   return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
 }
 
+// Credits the rows of embedding and head with what predicting `next` after text[at + t] says of them, as in Python.
+FUNCTION void answer_for(Call *m, const fs *z, const unsigned short *text, const i64 *at, int t, vi next, vi cost) {
+  Batch *s = m->s;
+  vi d;                                           // of a pair, whose members are neighbours
+  vf least;
+  FOR_LANE(l) {
+    AT(d, l) = l & 1 ? AT(cost, l) - BESIDE(cost, l) : BESIDE(cost, l) - AT(cost, l);
+    AT(least, l) = AT(z[AT(next, l)], l);
+    ONCE for (int k = 0; k < AHEAD && k <= t; k++) {
+      is *row = s->own[0] + text[AT(at, l) + t - k];
+      AT(*row, l) = AT(*row, l) + (AT(d, l) >> k);
+    }
+  }
+  least = least + (I2F(cost) - LIKELY * 4096.0f) * (float)(0.6931471805599453 / 4096);
+  EACH(v, VOCAB)
+    s->own[1][v] = s->own[1][v] + AS_I(PICK((z[v] >= least) | (next == v), AS_F(d), splat(0.0f)));
+}
+
 // NumpyBackend.play, of the same arguments; c: sigma / sqrt(R); LANES runs at a time are a batch
 KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
             int runs, const i64 *member, u32 seed, u32 step, float c, int *cost, float *state, float *logits,
-            const int *given, int length, float heat, int stop, int first, int last, void *scratch) {
+            const int *given, int length, float heat, int stop, short *credit, int first, int last, void *scratch) {
   #define STATE ((i64)L * (2 + N) * D)            // floats of a member's state
   Batch *s = SLOT(Batch);
   fs *S = s->state[0];
@@ -1349,6 +1463,7 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
     SYNC;
     vectors(m, 0, GLOBALS);
     m->layer = -1;
+    if (credit) EACH(v, 2 * VOCAB) s->own[0][v] = isplat(0);
     for (int t0 = 0, t1; t0 < T && !ALL(done); t0 = t1) {  // a chunk of given tokens, or a single one
       t1 = t0 < ready ? least(least(t0 + CHUNK, ready), T) : t0 + 1;
       for (int t = t0; t < t1; t++) {
@@ -1381,6 +1496,7 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
             else ONCE *following = AT(next, l);
           }
           const vi bits = loss(m, z, next);
+          if (credit) answer_for(m, z, text, at, t, next, bits);
           if (logits) FOR_LANE(l) EACH(v, VOCAB) if (batch * LANES + l < runs)
             logits[((i64)AT(run, l) * T + t) * VOCAB + v] = AT(z[v], l);
           FOR_LANE(l) if (!AT(done, l)) {
@@ -1392,6 +1508,13 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
       }
     }
     if (state) FOR_LANE(l) EACH(i, STATE) if (batch * LANES + l < runs) state[AT(run, l) * STATE + i] = AT(S[i], l);
+    if (credit) FOR_LANE(l) EACH(v, VOCAB) {      // of a pair: what its members agree on, and what both add up to
+      const int pair = AT(run, l) / 2, head = AT(s->own[1][v], l) + BESIDE(s->own[1][v], l);
+      if (batch * LANES + l < runs && l % 2 == 0) {
+        credit[(i64)pair * VOCAB + v] = least(MOST, -least(MOST, -AT(s->own[0][v], l)));
+        credit[((i64)runs / 2 + pair) * VOCAB + v] = least(MOST, -least(MOST, -head));
+      }
+    }
   }
 }
 
@@ -1399,9 +1522,11 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
 // summed over are pairs
 
 #define PAIRS 128                                 // whose noise is held at once
+#define STRIDE (PAIRS + 2)                        // so that rows begin in different banks of shared memory
 
 typedef struct ALIGNED {
-  i8 f[PAIRS], fA[UNIT * PAIRS];                  // fA: f A^T + BIAS, packed like weights
+  short f[UNIT * STRIDE];                         // of the pairs, for all rows or for each
+  i8 fA[UNIT * PAIRS];                            // f A^T + BIAS, packed like weights
   codes B[WARPS][PAIRS / 4];                      // of some columns, four pairs to a word, in the order of fA
   u32 k0[PAIRS], k1[PAIRS], A[PAIRS], words[WARPS][PAIRS];
   is Z[UNIT][COLUMNS / LANES];
@@ -1418,16 +1543,19 @@ INLINE void feed_back(i8 *weights, short *residuals, const int *Z, float gain, i
   }
 }
 
-// Z of a unit gets column k of the factors of the pairs at hand. A vector is one row, whose columns are its entries: B
-// of [D, 1] is 1, and A plays the part of B.
-INLINE void accumulate(Update *s, Tensor t, int row, int k) {
+// Z of a unit gets column k of the factors of the pairs at hand, for digit 0 or 1 of f. A vector is one row, whose
+// columns are its entries: B of [D, 1] is 1, and A plays the part of B.
+INLINE void accumulate(Update *s, Tensor t, int row, int k, int stride, int digit) {
   const int rows = t.cols ? UNIT : 1, cols = t.cols ? t.cols : t.out;
   const int word = k * WORDS + t.word, word_B = t.cols ? word + WORDS_OF(t.out) : word;
   SYNC;
   FLAT(p, PAIRS) s->A[p] = t.cols ? noise_word(s->k0[p], s->k1[p], word + row / UNIT) : ~0u;
   SYNC;
   EACH(j, rows) for (int p = 0; p < PAIRS; p += 32) SPREAD(i, 32)
-    s->fA[PACKED_AT(j, p, PAIRS) + i] = (s->A[p + i] >> j & 1 ? s->f[p + i] : -s->f[p + i]) + BIAS;
+  {
+    const int f = s->f[j * stride + p + i], g = s->A[p + i] >> j & 1 ? f : -f;
+    s->fA[PACKED_AT(j, p, PAIRS) + i] = (digit ? (g + 128) >> 8 : (i8)g) + BIAS;
+  }
   SYNC;
   EACH(block, (cols + LANES - 1) / LANES) {
     u32 *h = s->words[WARP];
@@ -1448,7 +1576,7 @@ INLINE void accumulate(Update *s, Tensor t, int row, int k) {
       vi acc[1][ROWS];
       UNROLL for (int i = 0; i < ROWS; i++) acc[0][i] = sum * -BIAS;
       product(acc, 1, ROWS, s->fA + PACKED_AT(j, 0, PAIRS), s->B[WARP], 0, PAIRS);
-      UNROLL for (int i = 0; i < ROWS; i++) s->Z[j + i][block] = s->Z[j + i][block] + acc[0][i];
+      UNROLL for (int i = 0; i < ROWS; i++) s->Z[j + i][block] = s->Z[j + i][block] + (acc[0][i] << 8 * digit);
     }
   }
 }
@@ -1467,13 +1595,42 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
       FLAT(p, PAIRS) s->f[p] = p0 + p < pairs ? f[p0 + p] : 0;
       FLAT(p, PAIRS) s->k0[p] = key0(seed, step, p0 + p);
       FLAT(p, PAIRS) s->k1[p] = key1(seed, step, p0 + p);
-      for (int k = 0; k < R; k++) accumulate(s, t, row, k);
+      for (int k = 0; k < R; k++) accumulate(s, t, row, k, 0, 0);
     }
     SYNC;
     for (int j = 0; j < rows; j++) {
       const int at = t.at + (row + j) * cols;
       feed_back(weights + at, residuals + at, (const int *)s->Z[j], gain, cols);
     }
+  }
+}
+
+// A part of NumpyBackend.credit, for units of ROWS: the credits of `pairs` pairs are added to Z and square.
+KERNEL rows(const short *credit, int pairs, const i64 *member, u32 seed, u32 step, i64 *Z, i64 *square,
+            int first, int last, void *scratch) {
+  Update *s = FAST(Update, SLOT(Update));
+  MINE(u) {
+    const Tensor t = TABLE[UNITS[u].tensor];
+    const int row = UNITS[u].row, rows = least(UNIT, t.out - row), which = UNITS[u].tensor != EMB_WEIGHT;
+    SYNC;
+    for (int j = 0; j < UNIT; j++) EACH(block, COLUMNS / LANES) s->Z[j][block] = isplat(0);
+    for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
+      SYNC;
+      FLAT(p, PAIRS) for (int j = 0; j < UNIT; j++)
+        s->f[j * STRIDE + p] = p0 + p < pairs && j < rows ? credit[((i64)which * pairs + p0 + p) * VOCAB + row + j] : 0;
+      FLAT(p, PAIRS) s->k0[p] = p0 + p < pairs ? key0(seed, step, member[2 * (p0 + p)] / 2) : 0;
+      FLAT(p, PAIRS) s->k1[p] = p0 + p < pairs ? key1(seed, step, member[2 * (p0 + p)] / 2) : 0;
+      SYNC;
+      FLAT(j, rows) {
+        i64 sum = 0;
+        for (int p = 0; p < PAIRS; p++) sum += s->f[j * STRIDE + p] * s->f[j * STRIDE + p];
+        square[(i64)which * VOCAB + row + j] += sum;
+      }
+      for (int k = 0; k < R; k++) for (int digit = 0; digit < 2; digit++) accumulate(s, t, row, k, STRIDE, digit);
+    }
+    SYNC;
+    for (int j = 0; j < rows; j++) FLAT(i, D)
+      Z[((i64)which * VOCAB + row + j) * D + i] += ((const int *)s->Z[j])[i];
   }
 }
 
@@ -1523,12 +1680,13 @@ def kernel_source(cfg: Config, rank: int) -> str:
         rows.append((p.out, p.cols, p.at, p.row, p.word, vec, pack) if p else (0,) * 7)
         vec += 0 if (kind or p).cols else cfg.dim
         pack += -(-p.out // 16) * 16 * -(-p.cols // 32) * 32 if p else 0  # whole ROWS, see PACKED_AT
-    trained_first = sorted(cfg.params.values(), key=lambda p: p.word < 0)
-    units = [(names.index(p.name), row) for p in trained_first for row in units_of(p)]
+    frozen = [p for p in cfg.params.values() if p.word < 0]
+    units = [(names.index(p.name), row) for p in cfg.trained + frozen for row in units_of(p)]
     constants: dict[str, object] = {
         "D": cfg.dim, "L": cfg.layers, "N": cfg.head_size, "F": cfg.ffn, "VOCAB": cfg.vocab, "R": rank, "UNIT": UNIT,
         "MLP": max(cfg.mlp), "WORDS": cfg.sizes.words, "KINDS": len(block), "CHUNK": 32,
         "VECTORS": vectors + sum(not p.cols for p in block.values()), "PACKED": pack,
+        "AHEAD": AHEAD, "LIKELY": LIKELY, "MOST": MOST,
         "COLUMNS": -(-max(cfg.ffn, cfg.dim, *cfg.mlp) // 32) * 32,
     }
     constants |= {f"MLP_{n.upper()}": size for n, size in zip(MLPS, cfg.mlp, strict=True)}
@@ -1573,8 +1731,9 @@ class KernelBackend:
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
              noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
-             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None) -> np.ndarray:
-        """See NumpyBackend."""
+             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None,
+             credit: Any = None) -> np.ndarray:
+        """See NumpyBackend; credit: where the kernel runs."""
         seed, step, sigma = noise
         cost, n = np.zeros(len(start), np.int32), len(start)
         start, member = (np.ascontiguousarray(a, np.int64) for a in (start, member))
@@ -1587,9 +1746,23 @@ class KernelBackend:
             self.launch("play", range(-(-n // self.launch.needs.lanes)), (
                 model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
                 np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length),
-                heat_of(temperature), np.int32(stop)),
+                heat_of(temperature), np.int32(stop), credit),
                 [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
         return cost
+
+    def credit(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+               noise: tuple[int, int, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See NumpyBackend."""
+        cost, Z, square = empty_credit(self.cfg, len(start))
+        parts, member = parts_of(self.cfg, self.rank, len(start)), np.ascontiguousarray(member, np.int64)
+        first = len(self.cfg.trained) - len(self.cfg.rows)
+        F = self.launch.zeros(2 * max((p.stop - p.start for p in parts), default=0) * self.cfg.vocab)
+        for part in parts:
+            cost[part] = self.play(model, text, start[part], T, member[part], noise, credit=F)
+            self.launch("rows", range(self.units[first], self.units[-1]), (
+                F, np.int32(len(start[part]) // 2), member[part], np.uint32(noise[0]), np.uint32(noise[1]), Z, square),
+                [Z, square])
+        return cost, Z, square
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: slice | None = None) -> None:
@@ -1739,7 +1912,8 @@ class CudaLauncher:
             self.kernels: dict[str, tuple[Any, int, int]] = {}
             scratch = 0
             for name, slow, fast in (("play", self.needs.batch, self.needs.fast),
-                                     ("update", self.needs.update, self.needs.update), ("pack", 0, 0)):
+                                     ("update", self.needs.update, self.needs.update),
+                                     ("rows", self.needs.update, self.needs.update), ("pack", 0, 0)):
                 kernel, swaps = module.get_function(name), self.needs.swaps
                 shared = swaps + (fast if swaps + fast <= room else 0)
                 driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
@@ -1850,6 +2024,7 @@ class Settings(ES):
 
     data: str = ""  # text to learn; its last tenth is for validation (data/tales.txt)
     valid: str = ""  # text for validation instead of that
+    credit: str = "rows"  # of embedding and head: rows answer for their own tokens, or text: for all, as in the paper
     vocab: str = ""  # how many tokens to learn from --data, or bytes (256; of data/tales.txt all its words, 1,071)
     out: str = ""  # folder for the model and its log (out, or out-2, ... where that is taken)
     resume: bool = False  # go on with the run in --out, with its own settings
@@ -2110,8 +2285,7 @@ class Team:
 
     def lead(self, backend: Backend, model: Model) -> None:
         """Stand in for this backend, to train this model."""
-        self.backend, self.play, self.rank, n = backend, backend.play, backend.rank, len(model.cfg.trained)
-        self.units = slice(n * self.index // self.size, n * (self.index + 1) // self.size)
+        self.backend, self.play, self.credit, self.rank = backend, backend.play, backend.credit, backend.rank
         self.residual = model.residual.copy()  # of all
 
     def gather(self, value: Any) -> list[Any]:
@@ -2128,7 +2302,11 @@ class Team:
         """The same fitness, of which each process finds a part."""
         def found(members: Members) -> np.ndarray:
             own = np.array_split(members.numbers.reshape(-1, 2), self.size)[self.index].ravel()
-            return np.concatenate(self.gather(np.asarray(fitness(members._replace(numbers=own)))))
+            scores = fitness(members._replace(numbers=own))
+            if not isinstance(scores, Credit):
+                return np.concatenate(self.gather(np.asarray(scores)))
+            fitnesses, *sums = zip(*self.gather(scores))
+            return Credit(np.concatenate(fitnesses), *map(sum, sums))
         return found
 
     def merge(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -2136,10 +2314,12 @@ class Team:
         change = after - before
         return before + (self.comm.allreduce(change) if self.comm else change)
 
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float) -> None:
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
+               units: slice | None = None) -> None:
         """As of any backend."""
-        before = model.q.copy()
-        self.backend.update(model, f, seed, step, gain, self.units)
+        before, (_, n, _) = model.q.copy(), (units or slice(None)).indices(len(model.cfg.trained))
+        units = slice(n * self.index // self.size, n * (self.index + 1) // self.size)
+        self.backend.update(model, f, seed, step, gain, units)
         model.q[:] = self.merge(before, model.q)
 
     def gather_residuals(self, model: Model) -> None:
@@ -2220,7 +2400,7 @@ class TextTask:
             marks = yardsticks(vocab, text, val_text, train, val) | known
             print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
         self.vocab, self.tokens, self.seed, self.val = vocab, s.tokens, s.seed, val
-        self.fitness = predict(train, s.tokens)
+        self.fitness = predict(train, s.tokens, s.credit == "rows")
         self.worth = -len(train) / (BITS * s.tokens * len(text))  # of a unit of fitness, in what is shown
         self.bytes = len(val_text) - len(vocab.tokens[val[0]])
 
