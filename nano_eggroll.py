@@ -474,20 +474,21 @@ LIKELY = 6  # bits: a token that would have cost no more had a say, so its row o
 MOST = 127 * 256 + 127  # a credit is two int8 digits
 
 
-def answer_for(credit: np.ndarray, logits: np.ndarray, read: np.ndarray, target: np.ndarray, cost: np.ndarray) -> None:
-    """Credit the rows of embedding and head with what one token says of them: int32 [2, P/2, V], is added to.
+def answer_for(credit: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target: np.ndarray,
+               cost: np.ndarray) -> None:
+    """Credit the rows of embedding and head with what one token says of them: int32 [2, V, P/2], is added to.
 
-    logits [P, V], of members who are pairs; read: the tokens read so far, int64 [<= AHEAD, P/2], the last one first;
-    target, cost: the token to predict, int64 [P], and its cost to each, int32 [P].
+    logits [P, V], of members who are pairs; read: the last tokens, [P/2] each, latest first; target, cost: the token to
+    predict, int64 [P], and its cost to each, int32 [P].
     """
     pair, member = np.arange(len(cost) // 2), np.arange(len(cost))
     d = cost[1::2] - cost[::2]
     for k, token in enumerate(read):
-        credit[0, pair, token] += d >> k
+        credit[0, token, pair] += d >> k
     least = logits[member, target] + (cost.astype(F32) - F32(LIKELY * BITS)) * F32(math.log(2) / BITS)
-    say = logits >= least[:, None]  # where the probability is 2^-LIKELY or more
+    say = logits >= least[:, None]
     say[member, target] = True
-    credit[1] += (say[::2].astype(np.int32) + say[1::2]) * d[:, None]
+    credit[1] += ((say[::2].astype(np.int32) + say[1::2]) * d[:, None]).T
 
 
 def heat_of(temperature: float) -> np.float32:
@@ -553,7 +554,7 @@ class NumpyBackend:
         itself. With given (int32 [n], at least 1) only so many tokens are there, and the run writes what follows into
         text, see `choose`: up to `length` tokens or the token `stop` (-1: none), and then it is done. state (see
         `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done. credit
-        (int16 [2, n/2, V]) gets what rows of embedding and head answer for, where runs 2i and 2i + 1 are of a pair and
+        (int16 [2, V, n/2]) gets what rows of embedding and head answer for, where runs 2i and 2i + 1 are of a pair and
         read the same.
         """
         cfg, cost = self.cfg, np.zeros(len(start), np.int32)
@@ -564,7 +565,7 @@ class NumpyBackend:
         for part in (slice(i, i + some) for i in range(0, len(start), some)):
             at, done = start[part], np.zeros(len(start[part]), bool)
             low_rank, keys = draw(cfg, self.rank, member[part], *noise), pair_keys(*noise[:2], member[part] // 2)
-            total = np.zeros((2, len(at) // 2, cfg.vocab), np.int32)
+            total = np.zeros((2, cfg.vocab, len(at) // 2), np.int32)
             for t in range(T):
                 z = step(model, low_rank, text[at + t], state[part])
                 own = ~done & (given[part] <= t + 1)  # the runs that write this token
@@ -583,7 +584,7 @@ class NumpyBackend:
                 if done.all():
                     break
             if credit is not None:
-                credit[:, part.start // 2:part.start // 2 + len(at) // 2] = np.clip(total, -MOST, MOST)
+                credit[:, :, part.start // 2:part.start // 2 + len(at) // 2] = np.clip(total, -MOST, MOST)
         return cost
 
     def credit(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
@@ -595,13 +596,13 @@ class NumpyBackend:
         """
         cost, Z, square = empty_credit(self.cfg, len(start))
         for part in parts_of(self.cfg, self.rank, len(start)):
-            F = np.zeros((2, len(start[part]) // 2, self.cfg.vocab), np.int16)
+            F = np.zeros((2, self.cfg.vocab, len(start[part]) // 2), np.int16)
             cost[part] = self.play(model, text, start[part], T, member[part], noise, credit=F)
             keys = pair_keys(*noise[:2], member[part][::2] // 2)
             for p in self.cfg.rows:
                 i = ROWS.index(p.name)
-                Z[i] += self.outer(p, F[i], keys)
-                square[i] += (F[i].astype(np.int64) ** 2).sum(0)
+                Z[i] += self.outer(p, F[i].T, keys)
+                square[i] += (F[i].astype(np.int64) ** 2).sum(1)
         return cost, Z, square
 
     def outer(self, p: Param, f: np.ndarray, keys: Keys) -> np.ndarray:
@@ -1414,22 +1415,20 @@ FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
   return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
 }
 
-// Credits the rows of embedding and head with what predicting `next` after text[at + t] says of them, as in Python.
-FUNCTION void answer_for(Call *m, const fs *z, const unsigned short *text, const i64 *at, int t, vi next, vi cost) {
+// Credits rows of the head with d, what a token cost the second member of a pair more: those that had a say, as in Python
+FUNCTION void answer_for(Call *m, int n, const vi *next, const vi *cost, const vi *d) {
   Batch *s = m->s;
-  vi d;                                           // of a pair, whose members are neighbours
-  vf least;
-  FOR_LANE(l) {
-    AT(d, l) = l & 1 ? AT(cost, l) - BESIDE(cost, l) : BESIDE(cost, l) - AT(cost, l);
-    AT(least, l) = AT(z[AT(next, l)], l);
-    ONCE for (int k = 0; k < AHEAD && k <= t; k++) {
-      is *row = s->own[0] + text[AT(at, l) + t - k];
-      AT(*row, l) = AT(*row, l) + (AT(d, l) >> k);
-    }
+  vf least[TOGETHER];
+  UNROLL for (int e = 0; e < TOGETHER; e++) {
+    FOR_LANE(l) AT(least[e], l) = AT(s->logits[e * VOCAB + AT(next[e], l)], l);
+    least[e] = least[e] + (I2F(cost[e]) - LIKELY * 4096.0f) * (float)(0.6931471805599453 / 4096);
   }
-  least = least + (I2F(cost) - LIKELY * 4096.0f) * (float)(0.6931471805599453 / 4096);
-  EACH(v, VOCAB)
-    s->own[1][v] = s->own[1][v] + AS_I(PICK((z[v] >= least) | (next == v), AS_F(d), splat(0.0f)));
+  EACH(v, VOCAB) {
+    vi sum = s->own[1][v];
+    UNROLL for (int e = 0; e < TOGETHER; e++)
+      sum = sum + AS_I(PICK((s->logits[e * VOCAB + v] >= least[e]) | (next[e] == v), AS_F(d[e]), splat(0.0f)));
+    s->own[1][v] = sum;
+  }
 }
 
 // NumpyBackend.play, of the same arguments; c: sigma / sqrt(R); LANES runs at a time are a batch
@@ -1485,34 +1484,42 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
         const int n = least(TOGETHER, t1 - t0 - i);
         layer_norm(m, n, s->h, s->x + i * D, TABLE[LN_OUT_WEIGHT], TABLE[LN_OUT_BIAS]);
         linear(m, n, s->logits, s->h, TABLE[HEAD_WEIGHT]);
+        vi next[TOGETHER] = {}, bits[TOGETHER] = {}, d[TOGETHER] = {};
         for (int e = 0; e < n; e++) {
           const int t = t0 + i + e;
           const fs *z = s->logits + e * VOCAB;
-          vi next = isplat(0);
-          if (t + 1 >= ready) next = choose(m, z, heat, t);
+          next[e] = isplat(0);
+          if (t + 1 >= ready) next[e] = choose(m, z, heat, t);
           FOR_LANE(l) if (!AT(done, l)) {
             unsigned short *following = text + AT(at, l) + t + 1;
-            if (AT(have, l) > t + 1) AT(next, l) = *following;
-            else ONCE *following = AT(next, l);
+            if (AT(have, l) > t + 1) AT(next[e], l) = *following;
+            else ONCE *following = AT(next[e], l);
           }
-          const vi bits = loss(m, z, next);
-          if (credit) answer_for(m, z, text, at, t, next, bits);
+          bits[e] = loss(m, z, next[e]);
           if (logits) FOR_LANE(l) EACH(v, VOCAB) if (batch * LANES + l < runs)
             logits[((i64)AT(run, l) * T + t) * VOCAB + v] = AT(z[v], l);
           FOR_LANE(l) if (!AT(done, l)) {
-            ONCE cost[AT(run, l)] += AT(bits, l);
-            if (AT(have, l) <= t + 1 && (AT(next, l) == stop || t + 2 >= AT(have, l) + length)) AT(done, l) = -1;
+            ONCE cost[AT(run, l)] += AT(bits[e], l);
+            if (AT(have, l) <= t + 1 && (AT(next[e], l) == stop || t + 2 >= AT(have, l) + length)) AT(done, l) = -1;
+          }
+          if (credit) FOR_LANE(l) {               // the rows of the last tokens read, each half as much
+            AT(d[e], l) = l & 1 ? AT(bits[e], l) - BESIDE(bits[e], l) : BESIDE(bits[e], l) - AT(bits[e], l);
+            ONCE for (int k = 0; k < AHEAD && k <= t && l % 2 == 0; k++) {
+              is *row = s->own[0] + text[AT(at, l) + t - k];
+              AT(*row, l) = AT(*row, l) + (AT(d[e], l) >> k);
+            }
           }
           SYNC;
         }
+        if (credit) answer_for(m, n, next, bits, d);
       }
     }
     if (state) FOR_LANE(l) EACH(i, STATE) if (batch * LANES + l < runs) state[AT(run, l) * STATE + i] = AT(S[i], l);
     if (credit) FOR_LANE(l) EACH(v, VOCAB) {      // of a pair: what its members agree on, and what both add up to
       const int pair = AT(run, l) / 2, head = AT(s->own[1][v], l) + BESIDE(s->own[1][v], l);
       if (batch * LANES + l < runs && l % 2 == 0) {
-        credit[(i64)pair * VOCAB + v] = least(MOST, -least(MOST, -AT(s->own[0][v], l)));
-        credit[((i64)runs / 2 + pair) * VOCAB + v] = least(MOST, -least(MOST, -head));
+        credit[(i64)v * (runs / 2) + pair] = least(MOST, -least(MOST, -AT(s->own[0][v], l)));
+        credit[(i64)(VOCAB + v) * (runs / 2) + pair] = least(MOST, -least(MOST, -head));
       }
     }
   }
@@ -1616,8 +1623,8 @@ KERNEL rows(const short *credit, int pairs, const i64 *member, u32 seed, u32 ste
     for (int j = 0; j < UNIT; j++) EACH(block, COLUMNS / LANES) s->Z[j][block] = isplat(0);
     for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
       SYNC;
-      FLAT(p, PAIRS) for (int j = 0; j < UNIT; j++)
-        s->f[j * STRIDE + p] = p0 + p < pairs && j < rows ? credit[((i64)which * pairs + p0 + p) * VOCAB + row + j] : 0;
+      for (int j = 0; j < rows; j++) FLAT(p, PAIRS)
+        s->f[j * STRIDE + p] = p0 + p < pairs ? credit[((i64)which * VOCAB + row + j) * pairs + p0 + p] : 0;
       FLAT(p, PAIRS) s->k0[p] = p0 + p < pairs ? key0(seed, step, member[2 * (p0 + p)] / 2) : 0;
       FLAT(p, PAIRS) s->k1[p] = p0 + p < pairs ? key1(seed, step, member[2 * (p0 + p)] / 2) : 0;
       SYNC;
