@@ -469,28 +469,6 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.rint(np.fmin(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
 
 
-AHEAD = 4  # tokens whose costs a row of the embedding answers for, each half as much as the one before
-LIKELY = 6  # bits: a token that would have cost no more had a say, so its row of the head answers for the cost
-MOST = 127 * 256 + 127  # a credit is two int8 digits
-
-
-def answer_for(credit: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target: np.ndarray,
-               cost: np.ndarray) -> None:
-    """Credit the rows of embedding and head with what one token says of them: int32 [2, V, P/2], is added to.
-
-    logits [P, V], of members who are pairs; read: the last tokens, [P/2] each, latest first; target, cost: the token to
-    predict, int64 [P], and its cost to each, int32 [P].
-    """
-    pair, member = np.arange(len(cost) // 2), np.arange(len(cost))
-    d = cost[1::2] - cost[::2]
-    for k, token in enumerate(read):
-        credit[0, token, pair] += d >> k
-    least = logits[member, target] + (cost.astype(F32) - F32(LIKELY * BITS)) * F32(math.log(2) / BITS)
-    say = logits >= least[:, None]
-    say[member, target] = True
-    credit[1] += ((say[::2].astype(np.int32) + say[1::2]) * d[:, None]).T
-
-
 def heat_of(temperature: float) -> np.float32:
     """log2(e) / temperature; 0, which is for the likeliest token, where that would be too large for a float32."""
     return LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
@@ -537,7 +515,7 @@ def check_runs(cfg: Config, text: np.ndarray, start: np.ndarray, T: int, member:
 class NumpyBackend:
     """The reference: what the kernels of part 2 must equal, bit by bit."""
 
-    name = "numpy"
+    name, zeros = "numpy", staticmethod(np.zeros)
 
     def __init__(self, cfg: Config, rank: int) -> None:
         """cfg: of the models to run; rank: of their perturbations."""
@@ -587,32 +565,14 @@ class NumpyBackend:
                 credit[:, :, part.start // 2:part.start // 2 + len(at) // 2] = np.clip(total, -MOST, MOST)
         return cost
 
-    def credit(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
-               noise: tuple[int, int, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The costs that `play` finds, and what they say of the rows of embedding and head, as exact sums over pairs.
-
-        F_i[v] is the credit of row v. Returns cost int32 [n]; Z = sum_i F_i[v] A_i[v] B_i, int64 [2, V, D]; and
-        sum_i F_i[v]^2, int64 [2, V]. Both are 0 of what is frozen.
-        """
-        cost, Z, square = empty_credit(self.cfg, len(start))
-        for part in parts_of(self.cfg, self.rank, len(start)):
-            F = np.zeros((2, self.cfg.vocab, len(start[part]) // 2), np.int16)
-            cost[part] = self.play(model, text, start[part], T, member[part], noise, credit=F)
-            keys = pair_keys(*noise[:2], member[part][::2] // 2)
-            for p in self.cfg.rows:
-                i = ROWS.index(p.name)
-                Z[i] += self.outer(p, F[i].T, keys)
-                square[i] += (F[i].astype(np.int64) ** 2).sum(1)
-        return cost, Z, square
-
     def outer(self, p: Param, f: np.ndarray, keys: Keys) -> np.ndarray:
-        """sum_i f_i A_i B_i^T of parameter p, int32 [out, cols], for f int8 [n], or int16 [n, out] of each row."""
+        """sum_i f_i A_i B_i^T for a parameter, int32 [out, cols]; f: int8 [n], or int16 [n, out] with one for each row."""
         Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
-        some = 256 // self.rank  # at a time, for memory; sums below 2^24 are exact in a float32 product
+        some = 256 // self.rank  # pairs at a time, for memory; sums below 2^24 are exact in a float32 product
         for part in (slice(i, i + some) for i in range(0, len(f), some)):
             A, B = factors(self.cfg, p, (keys[0][part], keys[1][part]), self.rank)
             fA = f[part].reshape(len(A), 1, -1) * A.astype(F32)
-            Z += (fA.reshape(-1, p.out).T @ B.astype(F32).reshape(-1, B.shape[2])).astype(np.int32)
+            Z += (fA.reshape(-1, p.out).T @ B.astype(F32).reshape(-1, Z.shape[1])).astype(np.int32)
         return Z
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
@@ -626,16 +586,17 @@ class NumpyBackend:
             at = slice(p.at, p.at + p.size)
             feed_back(model.q[at], model.residual[at], self.outer(p, f, keys).astype(F32).ravel() * F32(gain))
 
+    def sum_rows(self, F: np.ndarray, pair: np.ndarray, seed: int, step: int, Z: np.ndarray,
+                 square: np.ndarray) -> None:
+        """Z += sum_i F_i[v] A_i[v] B_i and square += sum_i F_i[v]^2, for credits F of n pairs (see `Credit`, `play`).
 
-def empty_credit(cfg: Config, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `credit` returns for n runs, of zeros."""
-    return np.zeros(n, np.int32), np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
-
-
-def parts_of(cfg: Config, rank: int, n: int) -> list[slice]:
-    """n runs in parts, whose credits take 32 MB at most, and whose sums of them fit int32."""
-    some = 2 * max(1, min(2**16 // rank, 2**25 // (4 * cfg.vocab)))
-    return [slice(i, min(i + some, n)) for i in range(0, n, some)]
+        F int16 [2, V, n], at most 2^16 / R pairs, so that sums fit int32; pair int64 [n]; Z int64 [2, V, D], square
+        int64 [2, V].
+        """
+        for p in self.cfg.rows:
+            i = ROWS.index(p.name)
+            Z[i] += self.outer(p, F[i].T, pair_keys(seed, step, pair))
+            square[i] += (F[i].astype(np.int64) ** 2).sum(1)
 
 
 Backend = Any  # NumpyBackend, or one of part 2 with the same methods
@@ -699,14 +660,6 @@ def shape_fitness(d: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
 
 
-class Credit(NamedTuple):
-    """A fitness, and what rows of embedding and head answer for themselves; see `NumpyBackend.credit`."""
-
-    fitness: np.ndarray  # [P]
-    Z: np.ndarray  # int64 [2, V, D]
-    square: np.ndarray  # int64 [2, V]
-
-
 class Members(NamedTuple):
     """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
 
@@ -724,9 +677,16 @@ class Members(NamedTuple):
         return self.backend.play(self.model, text, start, tokens, self.numbers, self.noise)
 
     def credit(self, text: np.ndarray, start: np.ndarray, tokens: int) -> Credit:
-        """The same as fitness, and the rows of embedding and head answer for their own tokens."""
-        text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
-        cost, Z, square = self.backend.credit(self.model, text, start, tokens, self.numbers, self.noise)
+        """The same as a fitness in which rows answer for their own tokens; members must be pairs with one text each."""
+        text, start, cfg = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64), self.model.cfg
+        cost = np.zeros(len(start), np.int32)
+        Z, square = np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
+        some = 2 * max(1, min(2**16 // self.backend.rank, 2**23 // cfg.vocab))  # at a time, for 32 MB of credits
+        for part in (slice(i, i + some) for i in range(0, len(start), some)):
+            F = self.backend.zeros((2, cfg.vocab, len(start[part]) // 2), np.int16)
+            cost[part] = self.backend.play(self.model, text, start[part], tokens, self.numbers[part], self.noise,
+                                           credit=F)
+            self.backend.sum_rows(F, self.numbers[part][::2] // 2, *self.noise[:2], Z, square)
         return Credit(-cost, Z, square)
 
     def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
@@ -752,17 +712,18 @@ def move(model: Model, backend: Backend, es: ES, f: np.ndarray, credit: Credit |
     """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
 
     Z / (||f|| sqrt(R)) has unit variance where there is no signal (||f||: norm over the pairs), so the learning rate is
-    the size of a move in int8 steps, whatever the size of f, sigma and the gradient.
+    the size of a move in int8 steps, whatever the size of f, sigma and the gradient. With credit, rows of embedding and
+    head move by their own.
     """
     rate, rows = es.rate(model.step) * 2**15, model.cfg.rows if credit else []
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
     if norm:
-        units = slice(0, len(model.cfg.trained) - len(rows))
-        backend.update(model, f, es.seed, model.step, rate / norm, units)
+        others = slice(0, len(model.cfg.trained) - len(rows))
+        backend.update(model, f, es.seed, model.step, rate / norm, others)
     for p in rows:
         i, at = ROWS.index(p.name), slice(p.at, p.at + p.size)
-        gain = rate / np.sqrt(es.rank * np.maximum(credit.square[i], 1))
-        feed_back(model.q[at], model.residual[at], (credit.Z[i] * gain[:, None]).ravel())
+        norms = np.sqrt(es.rank * np.maximum(credit.square[i], 1))
+        feed_back(model.q[at], model.residual[at], (credit.Z[i] * (rate / norms)[:, None]).ravel())
     model.step += 1
 
 
@@ -804,16 +765,58 @@ def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backen
         pass
 
 
-def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Callable[[Members], np.ndarray]:
-    """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them."""
+def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Callable[[Members], np.ndarray | Credit]:
+    """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them.
+
+    rows: those of embedding and head answer for their own tokens, see `Credit`; else this is EGGROLL as in the paper.
+    """
     if len(text) <= tokens:
         raise UserError(f"a text of {len(text)} tokens is too short to predict {tokens}: use a longer one")
 
-    def fitness(members: Members) -> np.ndarray:
+    def fitness(members: Members) -> np.ndarray | Credit:
         seed, step, _ = members.noise
         start = segments(text, tokens, seed, step, members.numbers // 2)
         return members.credit(text, start, tokens) if rows else -members.cost(text, start, tokens)
     return fitness
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who answers for what: an addition of this project, not of the paper, where each weight takes the whole fitness of a
+# pair. But noise in row v of the embedding changes no cost before v is read, and noise in row v of the head hardly any
+# where v neither comes next nor is likely. There the two members differ for other reasons, and to learn from that only
+# makes the row wander. So these rows answer for their own tokens: F_i[v] is the difference of pair i in the cost of
+#     embedding: each token predicted right after v was read, plus half that of the next one, a quarter, an eighth
+#     head: each token for which v came, or had a probability of 1/64 or more
+# and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v]. All other weights move as before.
+
+AHEAD = 4  # tokens whose costs a row of the embedding answers for
+LIKELY = 6  # bits: what a token with the probability 1/64 would cost
+MOST = 127 * 256 + 127  # 1/4096 bits, the largest credit: two int8 digits
+
+
+class Credit(NamedTuple):
+    """A fitness in which rows of embedding and head answer for their own tokens."""
+
+    fitness: np.ndarray  # [P], for all other weights
+    Z: np.ndarray  # int64 [2, V, D]: sum_i F_i[v] A_i[v] B_i of embedding and head, where F_i[v] is the credit of row v
+    square: np.ndarray  # int64 [2, V]: sum_i F_i[v]^2
+
+
+def answer_for(credit: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target: np.ndarray,
+               cost: np.ndarray) -> None:
+    """What one token adds to the credit of the rows of embedding and head, int32 [2, V, P/2], in 1/4096 bit.
+
+    logits: float32 [P, V], of members who are pairs; read: the last tokens, int [P/2] each, latest first; target, cost:
+    the token that came, int64 [P], and what it cost each, int32 [P].
+    """
+    pair, member = np.arange(len(cost) // 2), np.arange(len(cost))
+    d = cost[1::2] - cost[::2]
+    for k, token in enumerate(read):
+        credit[0, token, pair] += d >> k
+    least = logits[member, target] + (cost.astype(F32) - F32(LIKELY * BITS)) * F32(math.log(2) / BITS)
+    say = logits >= least[:, None]  # a token would have cost at most LIKELY bits
+    say[member, target] = True
+    credit[1] += ((say[::2].astype(np.int32) + say[1::2]) * d[:, None]).T  # of both members
 
 
 # =====================================================================================================================
@@ -1503,7 +1506,8 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
             if (AT(have, l) <= t + 1 && (AT(next[e], l) == stop || t + 2 >= AT(have, l) + length)) AT(done, l) = -1;
           }
           if (credit) FOR_LANE(l) {               // the rows of the last tokens read, each half as much
-            AT(d[e], l) = l & 1 ? AT(bits[e], l) - BESIDE(bits[e], l) : BESIDE(bits[e], l) - AT(bits[e], l);
+            const int other = BESIDE(bits[e], l);
+            AT(d[e], l) = l & 1 ? AT(bits[e], l) - other : other - AT(bits[e], l);
             ONCE for (int k = 0; k < AHEAD && k <= t && l % 2 == 0; k++) {
               is *row = s->own[0] + text[AT(at, l) + t - k];
               AT(*row, l) = AT(*row, l) + (AT(d[e], l) >> k);
@@ -1612,8 +1616,8 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
   }
 }
 
-// A part of NumpyBackend.credit, for units of ROWS: the credits of `pairs` pairs are added to Z and square.
-KERNEL rows(const short *credit, int pairs, const i64 *member, u32 seed, u32 step, i64 *Z, i64 *square,
+// NumpyBackend.sum_rows, of units first to last
+KERNEL sum_rows(const short *credit, int pairs, const i64 *pair, u32 seed, u32 step, i64 *Z, i64 *square,
             int first, int last, void *scratch) {
   Update *s = FAST(Update, SLOT(Update));
   MINE(u) {
@@ -1625,8 +1629,8 @@ KERNEL rows(const short *credit, int pairs, const i64 *member, u32 seed, u32 ste
       SYNC;
       for (int j = 0; j < rows; j++) FLAT(p, PAIRS)
         s->f[j * STRIDE + p] = p0 + p < pairs ? credit[((i64)which * VOCAB + row + j) * pairs + p0 + p] : 0;
-      FLAT(p, PAIRS) s->k0[p] = p0 + p < pairs ? key0(seed, step, member[2 * (p0 + p)] / 2) : 0;
-      FLAT(p, PAIRS) s->k1[p] = p0 + p < pairs ? key1(seed, step, member[2 * (p0 + p)] / 2) : 0;
+      FLAT(p, PAIRS) s->k0[p] = p0 + p < pairs ? key0(seed, step, pair[p0 + p]) : 0;
+      FLAT(p, PAIRS) s->k1[p] = p0 + p < pairs ? key1(seed, step, pair[p0 + p]) : 0;
       SYNC;
       FLAT(j, rows) {
         i64 sum = 0;
@@ -1717,7 +1721,7 @@ class KernelBackend:
 
     `build(source)` compiles a kernel source and returns a launcher: launch(name, range, args, out) runs a range of a
     kernel's batches or units and fills those arrays of its arguments that are in `out`; launch.needs are its `Needs`;
-    launch.zeros(bytes) is an array that stays where the kernel runs.
+    launch.zeros(shape, dtype) is an array that stays where the kernel runs.
     """
 
     def __init__(self, cfg: Config, rank: int, name: str, build: Callable[[str], Any]) -> None:
@@ -1725,7 +1729,8 @@ class KernelBackend:
         self.cfg, self.rank, self.name = cfg, rank, name
         self.launch = build(kernel_source(cfg, rank))
         self.units = np.cumsum([0, *(len(units_of(p)) for p in cfg.trained)])  # before each trained parameter
-        self.packed, self.lock = self.launch.zeros(self.launch.needs.packed), threading.Lock()
+        self.packed, self.lock = self.launch.zeros(self.launch.needs.packed, np.int8), threading.Lock()
+        self.zeros = self.launch.zeros
 
     def check(self, model: Model, *arrays: tuple[np.ndarray | None, type, tuple]) -> None:
         """Raises UserError where the kernel, which trusts its arguments, would go beyond an array."""
@@ -1757,20 +1762,6 @@ class KernelBackend:
                 [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
         return cost
 
-    def credit(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
-               noise: tuple[int, int, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See NumpyBackend."""
-        cost, Z, square = empty_credit(self.cfg, len(start))
-        parts, member = parts_of(self.cfg, self.rank, len(start)), np.ascontiguousarray(member, np.int64)
-        first = len(self.cfg.trained) - len(self.cfg.rows)
-        F = self.launch.zeros(2 * max((p.stop - p.start for p in parts), default=0) * self.cfg.vocab)
-        for part in parts:
-            cost[part] = self.play(model, text, start[part], T, member[part], noise, credit=F)
-            self.launch("rows", range(self.units[first], self.units[-1]), (
-                F, np.int32(len(start[part]) // 2), member[part], np.uint32(noise[0]), np.uint32(noise[1]), Z, square),
-                [Z, square])
-        return cost, Z, square
-
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
                units: slice | None = None) -> None:
         """See NumpyBackend."""
@@ -1779,6 +1770,12 @@ class KernelBackend:
         self.launch("update", range(self.units[first], self.units[last]), (
             model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
             [model.q, model.residual])
+
+    def sum_rows(self, F: Any, pair: np.ndarray, seed: int, step: int, Z: np.ndarray, square: np.ndarray) -> None:
+        """See NumpyBackend."""
+        first, pair = len(self.cfg.trained) - len(self.cfg.rows), np.ascontiguousarray(pair, np.int64)
+        self.launch("sum_rows", range(self.units[first], self.units[-1]), (
+            F, np.int32(len(pair)), pair, np.uint32(seed), np.uint32(step), Z, square), [Z, square])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1869,9 +1866,7 @@ class CLauncher:
         self.lib.needs(*c_arguments((needs,)))
         self.needs = Needs(*needs.tolist())
 
-    def zeros(self, size: int) -> np.ndarray:
-        """An array for the kernel alone."""
-        return np.zeros(size, np.int8)
+    zeros = staticmethod(np.zeros)
 
     def __call__(self, name: str, which: range, args: tuple, out: list) -> None:
         """Run batches or units of a kernel; it writes to the arrays themselves."""
@@ -1920,7 +1915,7 @@ class CudaLauncher:
             scratch = 0
             for name, slow, fast in (("play", self.needs.batch, self.needs.fast),
                                      ("update", self.needs.update, self.needs.update),
-                                     ("rows", self.needs.update, self.needs.update), ("pack", 0, 0)):
+                                     ("sum_rows", self.needs.update, self.needs.update), ("pack", 0, 0)):
                 kernel, swaps = module.get_function(name), self.needs.swaps
                 shared = swaps + (fast if swaps + fast <= room else 0)
                 driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
@@ -1935,9 +1930,9 @@ class CudaLauncher:
             raise cuda_trouble(e) from None
         self.kept: dict[int, tuple[np.ndarray, Any]] = {}
 
-    def zeros(self, size: int) -> Any:
+    def zeros(self, shape: Any, dtype: Any) -> Any:
         """An array on the device."""
-        return self.cupy.zeros(size, np.int8)
+        return self.cupy.zeros(shape, dtype)
 
     def put(self, a: Any) -> Any:
         """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
@@ -2292,7 +2287,8 @@ class Team:
 
     def lead(self, backend: Backend, model: Model) -> None:
         """Stand in for this backend, to train this model."""
-        self.backend, self.play, self.credit, self.rank = backend, backend.play, backend.credit, backend.rank
+        self.backend, self.rank = backend, backend.rank
+        self.play, self.zeros, self.sum_rows = backend.play, backend.zeros, backend.sum_rows
         self.residual = model.residual.copy()  # of all
 
     def gather(self, value: Any) -> list[Any]:
@@ -2322,9 +2318,9 @@ class Team:
         return before + (self.comm.allreduce(change) if self.comm else change)
 
     def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: slice | None = None) -> None:
+               units: slice) -> None:
         """As of any backend."""
-        before, (_, n, _) = model.q.copy(), (units or slice(None)).indices(len(model.cfg.trained))
+        before, (_, n, _) = model.q.copy(), units.indices(len(model.cfg.trained))
         units = slice(n * self.index // self.size, n * (self.index + 1) // self.size)
         self.backend.update(model, f, seed, step, gain, units)
         model.q[:] = self.merge(before, model.q)
