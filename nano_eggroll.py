@@ -677,7 +677,12 @@ class Members(NamedTuple):
         return self.backend.play(self.model, text, start, tokens, self.numbers, self.noise)
 
     def credit(self, text: np.ndarray, start: np.ndarray, tokens: int) -> Credit:
-        """The same as a fitness in which rows answer for their own tokens; members must be pairs with one text each."""
+        """The same as a fitness in which rows answer for their own tokens, for pairs who read the same; T at most 4096.
+
+        Raises UserError.
+        """
+        if (self.numbers[1::2] != self.numbers[::2] + 1).any() or (start[1::2] != start[::2]).any() or tokens > 4096:
+            raise UserError("rows cannot answer for their tokens: give both members of a pair the same 1 to 4,096")
         text, start, cfg = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64), self.model.cfg
         cost = np.zeros(len(start), np.int32)
         Z, square = np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
@@ -1465,7 +1470,7 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
     SYNC;
     vectors(m, 0, GLOBALS);
     m->layer = -1;
-    if (credit) EACH(v, 2 * VOCAB) s->own[0][v] = isplat(0);
+    if (credit) EACH(v, VOCAB) s->own[0][v] = s->own[1][v] = isplat(0);
     for (int t0 = 0, t1; t0 < T && !ALL(done); t0 = t1) {  // a chunk of given tokens, or a single one
       t1 = t0 < ready ? least(least(t0 + CHUNK, ready), T) : t0 + 1;
       for (int t = t0; t < t1; t++) {
@@ -1732,11 +1737,12 @@ class KernelBackend:
         self.packed, self.lock = self.launch.zeros(self.launch.needs.packed, np.int8), threading.Lock()
         self.zeros = self.launch.zeros
 
-    def check(self, model: Model, *arrays: tuple[np.ndarray | None, type, tuple]) -> None:
+    def check(self, model: Model | None, *arrays: tuple[Any, type, tuple]) -> None:
         """Raises UserError where the kernel, which trusts its arguments, would go beyond an array."""
         size, rows, _ = self.cfg.sizes
-        for a, dtype, shape in ((model.q, np.int8, (size,)), (model.scale, F32, (rows,)),
-                                (model.residual, np.int16, (size,)), *arrays):
+        own = [(model.q, np.int8, (size,)), (model.scale, F32, (rows,)),
+               (model.residual, np.int16, (size,))] if model else []
+        for a, dtype, shape in (*own, *arrays):
             if a is not None and (a.dtype != dtype or a.shape != shape or not a.flags.c_contiguous):
                 raise UserError(f"an array is {a.dtype} {list(a.shape)}: give one of {np.dtype(dtype)} {list(shape)}, "
                                 "contiguous, and a model of the backend's Config")
@@ -1752,7 +1758,8 @@ class KernelBackend:
         given = np.full(n, T + 1, np.int32) if given is None else np.ascontiguousarray(given, np.int32)
         check_runs(self.cfg, text, start, T, member)
         self.check(model, (given, np.int32, (n,)), (logits, F32, (n, T, self.cfg.vocab)),
-                   (state, F32, (n, *zero_state(self.cfg, 0).shape[1:])))
+                   (state, F32, (n, *zero_state(self.cfg, 0).shape[1:])),
+                   (credit, np.int16, (2, self.cfg.vocab, n / 2)))
         with self.lock:  # `packed` holds one model at a time
             self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
             self.launch("play", range(-(-n // self.launch.needs.lanes)), (
@@ -1774,6 +1781,8 @@ class KernelBackend:
     def sum_rows(self, F: Any, pair: np.ndarray, seed: int, step: int, Z: np.ndarray, square: np.ndarray) -> None:
         """See NumpyBackend."""
         first, pair = len(self.cfg.trained) - len(self.cfg.rows), np.ascontiguousarray(pair, np.int64)
+        V, D = self.cfg.vocab, self.cfg.dim
+        self.check(None, (F, np.int16, (2, V, len(pair))), (Z, np.int64, (2, V, D)), (square, np.int64, (2, V)))
         self.launch("sum_rows", range(self.units[first], self.units[-1]), (
             F, np.int32(len(pair)), pair, np.uint32(seed), np.uint32(step), Z, square), [Z, square])
 
@@ -2052,7 +2061,7 @@ LIMITS |= {"threads": (0, 4096), "dim": (1, 16384), "layers": (1, 256), "head_si
            "group_size": (2, 2**21), "length": (0, LONGEST), "temperature": (0, 100)}
 NEEDS = {"eval": ["load"], "sample": ["load"], "reward": ["task"], "group_size": ["task"], "length": ["task", "sample"],
          "temperature": ["task", "sample"], "stop": ["task", "sample"]}
-CLASHES = {"task": ["data", "valid", "vocab"], "load": ["dim", "layers", "head_size", "vocab"]}
+CLASHES = {"task": ["data", "valid", "vocab", "credit"], "load": ["dim", "layers", "head_size", "vocab"]}
 # With --task and --load: few moves of a model that knows much already, and noise that changes an answer here and there
 ANSWERS = {"population": 512, "steps": 360, "sigma": 3.0, "drift": 1.5}
 FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may differ on --resume, with the same files
@@ -2255,8 +2264,8 @@ def load_model(path: str | Path) -> Model:
             raise ValueError("its scales are not finite")
         return Model(cfg, q, scale, residual, meta["step"], meta["extra"])
     except Exception as e:  # a damaged file can raise almost anything
-        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): data/convert.py makes one of a checkpoint, and "
-                        "data/replay.py of a run's scores") from None
+        raise UserError(f"{path} is not a whole model.npz ({e!r:.200}): data/convert.py makes one of a "
+                        "checkpoint") from None
 
 
 def vocab_of(model: Model) -> Vocab:
@@ -2391,6 +2400,8 @@ class TextTask:
 
     def __init__(self, s: Settings, vocab: Vocab) -> None:
         """Print the yardsticks of the text; raises UserError where it is too short."""
+        if s.credit not in ("rows", "text"):
+            raise UserError(f"there is no --credit {s.credit}: choose rows or text")
         text, val_text = read_text(s.data or DATA, s.valid)
         train, val = vocab.encode(text), vocab.encode(val_text)
         if min(len(train), len(val)) <= s.tokens:
@@ -2531,17 +2542,15 @@ class AnswerTask:
 def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, out: Path) -> float:
     """Train from model.step to s.steps; returns the figure of the last validation.
 
-    Writes to `out`: scores.bin, the int8 fitness [P/2] of each step; model.npz, before the first step, at validations
-    and every 30 seconds; log.csv, rows that model.npz has, too. Raises UserError where it cannot, or was stopped.
+    Writes to `out`, before the first step, at validations and every 30 seconds: model.npz, and log.csv, rows that it
+    has, too. Raises UserError where it cannot, or was stopped.
     """
     log, before, first = model.extra.setdefault("log", []), model.extra.setdefault("seconds", 0.0), model.step
     every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
-    scores, fitness, stop = list[bytes](), team.share(task.fitness), list[int]()
+    fitness, stop = team.share(task.fitness), list[int]()
     # mpiexec may give its processes a terminal that nobody sees
     live = bool(sys.stdout) and sys.stdout.isatty() and team.size == 1
-    began, guard = time.monotonic(), open(os.devnull if team.index else out / "scores.bin", "ab")
-    if not team.index and guard.tell() < first * s.population // 2:
-        note(f"{out / 'scores.bin'} lacks steps, so data/replay.py can no longer rebuild this run")
+    began, guard = time.monotonic(), open(os.devnull if team.index else out / "log.csv", "ab")
     if fcntl and not team.index:
         try:
             fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2555,17 +2564,10 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
     def save() -> float:
         team.gather_residuals(model)
         if not team.index:
-            with open(out / "scores.bin", "ab") as file:
-                end = (model.step - len(scores)) * s.population // 2  # of the last checkpoint's; what came later is cut
-                file.truncate(end)
-                file.write(b"".join(scores))
-                file.flush()
-                os.fsync(file.fileno())
             model.extra["seconds"] = before + time.monotonic() - began
             save_model(model, out / "model.npz")
             rows = [*log[:1], *(row.values() for row in log)]
             (out / "log.csv").write_text("".join(f"{','.join(map(str, cells))}\n" for cells in rows))
-        scores.clear()
         team.gather(None)  # nobody goes on, or ends the job, before it is written
         return time.monotonic()
 
@@ -2576,8 +2578,7 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
         (val, *_), stopped = task.validate(model, team).values(), False
         print(f"step {model.step}: validation {val:.3f} {task.unit}")
         while model.step < s.steps and not stopped:
-            found, f = es_step(model, team, s, fitness)
-            scores.append(f.tobytes())
+            found, _ = es_step(model, team, s, fitness)
             now, due, finite = time.monotonic(), model.step % every == 0 or model.step == s.steps, np.isfinite(found)
             stopped, late = (any(flags) for flags in zip(*team.gather((bool(stop), now - saved > 30))))
             mean = float(found[finite].mean(dtype=float)) * task.worth if finite.any() else math.nan
@@ -2723,7 +2724,7 @@ def hashes(s: Settings) -> dict[str, str]:
 def prepare_out(out: str) -> Path:
     """A writable folder with no run in it; raises UserError and OSError."""
     for path in [Path(out)] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
-        files = [path / name for name in ("model.npz", "log.csv", "scores.bin")]
+        files = [path / name for name in ("model.npz", "log.csv")]
         if not any(file.exists() and file.stat().st_size for file in files):
             path.mkdir(parents=True, exist_ok=True)
             files[-1].touch()

@@ -65,6 +65,7 @@ int atomicAdd(int *p, int x);
 void __syncthreads();
 void __syncwarp();
 int __all_sync(unsigned all, int x);
+int __shfl_xor_sync(unsigned all, int x, int lanes);
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1);
 
 #else
@@ -191,6 +192,10 @@ int __all_sync(unsigned, int x) {
   return 1;
 }
 
+int __shfl_xor_sync(unsigned, int x, int lanes) {
+  return exchange({x}, "__shfl_xor_sync", SITE)[threadIdx.x % 32 ^ lanes][0];
+}
+
 // mma.m16n8k32: lane 4g + j has in a0 bytes 4j to 4j+3 of row g of A (a1, a3: of row g+8; a2, a3: bytes +16),
 // in b0, b1 the same bytes of column g of B, and in c columns 2j, 2j+1 of row g, then of row g+8.
 void simt_mma(int *c, int a0, int a1, int a2, int a3, int b0, int b1) {
@@ -254,7 +259,7 @@ class Array:
         start = 2048 - memory.ctypes.data % 256
         self.a = memory[start:start + a.nbytes].view(a.dtype).reshape(a.shape)
         self.a[...] = a
-        self.get = self.a.copy
+        self.get, self.dtype, self.shape, self.flags = self.a.copy, a.dtype, a.shape, self.a.flags
 
 
 @cache
@@ -352,7 +357,7 @@ class Arm:
         subprocess.run([*command.split(), self.program], input=callable_by_name(source) + ARM, text=True, check=True)
         needs = np.zeros(len(E.Needs._fields), np.int32)
         self.run("needs", (needs,))
-        self.needs, self.zeros = E.Needs(*needs.tolist()), lambda size: np.zeros(size, np.int8)
+        self.needs, self.zeros = E.Needs(*needs.tolist()), np.zeros
 
     def run(self, name, args):
         """Call a kernel."""
@@ -367,7 +372,7 @@ class Arm:
 
     def __call__(self, name, which, args, out):
         """Run batches or units of a kernel."""
-        scratch = self.zeros(max(self.needs.batch, self.needs.update))
+        scratch = np.zeros(max(self.needs.batch, self.needs.update), np.int8)
         self.run(name, (*args, np.int32(which.start), np.int32(which.stop), scratch))
 
 
