@@ -681,9 +681,11 @@ class Members(NamedTuple):
 
         Raises UserError.
         """
-        if (self.numbers[1::2] != self.numbers[::2] + 1).any() or (start[1::2] != start[::2]).any() or tokens > 4096:
-            raise UserError("rows cannot answer for their tokens: give both members of a pair the same 1 to 4,096")
         text, start, cfg = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64), self.model.cfg
+        even, odd = self.numbers[::2], self.numbers[1::2]
+        if ((even % 2).any() or not np.array_equal(odd, even + 1) or not np.array_equal(start[1::2], start[::2])
+                or tokens > 4096):
+            raise UserError("rows cannot answer for their tokens: give both members of a pair the same 1 to 4,096")
         cost = np.zeros(len(start), np.int32)
         Z, square = np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
         some = 2 * max(1, min(2**16 // self.backend.rank, 2**23 // cfg.vocab))  # at a time, for 32 MB of credits
@@ -790,11 +792,11 @@ def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Callable[[Membe
 # pair. But noise in row v of the embedding changes no cost before v is read, and noise in row v of the head hardly any
 # where v neither comes next nor is likely. There the two members differ for other reasons, and to learn from that only
 # makes the row wander. So these rows answer for their own tokens: F_i[v] is the difference of pair i in the cost of
-#     embedding: each token predicted right after v was read, plus half that of the next one, a quarter, an eighth
+#     embedding: each token predicted right after v was read, plus half that of the next one
 #     head: each token for which v came, or had a probability of 1/64 or more
 # and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v]. All other weights move as before.
 
-AHEAD = 4  # tokens whose costs a row of the embedding answers for
+AHEAD = 2  # tokens whose costs a row of the embedding answers for
 LIKELY = 6  # bits: what a token with the probability 1/64 would cost
 MOST = 127 * 256 + 127  # 1/4096 bits, the largest credit: two int8 digits
 

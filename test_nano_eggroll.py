@@ -32,7 +32,7 @@ import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -577,6 +577,103 @@ def test_segments_stay_inside_the_text(n, tokens, seed, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Who answers for what
+
+
+def credits_of(b, m, text, start, T, pairs, noise):
+    """The credits of pairs, [embedding or head, row, pair], and what comes of them."""
+    member = (2 * pairs[:, None] + [0, 1]).ravel()
+    F = b.zeros((2, m.cfg.vocab, len(pairs)), np.int16)
+    b.play(m, text, start.repeat(2), T, member, noise, credit=F)
+    found = E.Members(m, b, noise, member).credit(text, start.repeat(2), T)
+    return F.get() if hasattr(F, "get") else F, found
+
+
+@every_backend
+@given(kernels, SEEDS, st.integers(1, 30))
+@examples(8)
+def test_rows_answer_for_their_own_tokens(backend, kernel, seed, T):
+    """As written from the definition, a token at a time: of a token whose probability is next to 1/64 either will do."""
+    (cfg, rank), rng = kernel, np.random.default_rng(seed)
+    m, b, text, noise = random_model(cfg, seed), backend_of(backend, cfg, rank), random_text(cfg), (seed, 5, 1.0)
+    start, pairs = rng.integers(0, 200, 3), rng.integers(0, 2**20, 3)
+    F, found = credits_of(b, m, text, start, T, pairs, noise)
+    for i, pair in enumerate(pairs):
+        cost, logits, _ = read(b, m, text, start[i].repeat(2), T, noise, [2 * pair, 2 * pair + 1])
+        x, want, least = text[start[i]:], np.zeros((2, cfg.vocab), int), np.zeros(cfg.vocab, int)
+        np.testing.assert_array_equal(-found.fitness[2 * i:2 * i + 2], cost)
+        for t in range(T):
+            d = int(E.loss(logits[1, t], x[t + 1])) - int(E.loss(logits[0, t], x[t + 1]))
+            want[0, x[t]] += d
+            if t:
+                want[0, x[t - 1]] += d >> 1
+            z = logits[:, t].astype(float)
+            p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+            had_say = (p >= 2.0**-E.LIKELY) | (np.arange(cfg.vocab) == x[t + 1])
+            want[1] += had_say.sum(0) * d
+            least += (abs(p * 2**E.LIKELY - 1) < 1e-3).sum(0) * abs(d)
+        assert (abs(F[:, :, i] - np.clip(want, -E.MOST, E.MOST)) <= [0 * least, least]).all()
+
+
+@every_backend
+@given(kernels, SEEDS, st.integers(1, 300))
+@examples(6)
+def test_rows_move_along_their_own_sums_of_outer_products_in_any_parts(backend, kernel, seed, n):
+    (cfg, rank), rng = kernel, np.random.default_rng(seed)
+    b, pair = backend_of(backend, cfg, rank), rng.integers(0, 2**20, n)
+    F = rng.integers(-E.MOST, E.MOST + 1, (2, cfg.vocab, n)).astype(np.int16)
+    Z, square = np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
+    for part in slice(0, n // 3), slice(n // 3, n):
+        there = b.zeros(F[:, :, part].shape, np.int16)
+        getattr(there, "set", partial(np.copyto, there))(F[:, :, part].copy())
+        b.sum_rows(there, pair[part], seed, 5, Z, square)
+    for i, name in enumerate(E.ROWS):
+        p, own = cfg.params[name], F[i].astype(np.int64)
+        A, B = (a.astype(np.int64) for a in E.factors(cfg, p, E.pair_keys(seed, 5, pair), rank))
+        trained = p in cfg.rows
+        np.testing.assert_array_equal(Z[i], np.einsum("vi,ikv,ikd->vd", own, A, B) * trained)
+        np.testing.assert_array_equal(square[i], (own**2).sum(1) * trained)
+
+
+@given(configs(), SEEDS)
+def test_noise_in_a_row_of_the_embedding_changes_nothing_before_its_token_is_read(cfg, seed):
+    m, text, b = random_model(cfg, seed), random_text(cfg, 25, seed), E.NumpyBackend(cfg, 1)
+    other, token = copy_of(m), text[seed % 20]
+    other.weight("emb.weight")[token] *= -1
+    one, two = (read(b, model, text, [0], 24, (0, 0, 0.0))[1][0] for model in (m, other))
+    first = int((text == token).argmax())
+    np.testing.assert_array_equal(one[:first], two[:first])
+    assert (one[first] != two[first]).any() or cfg.dim == 1
+
+
+@every_backend
+def test_rows_of_tokens_that_nobody_reads_stay_and_noise_moves_the_others_by_the_rate(backend):
+    """And all other weights move as in plain EGGROLL."""
+    cfg, es = E.Config(dim=48, vocab=70), E.ES(population=512, tokens=16, lr=20, steps=100)
+    m, text = random_model(cfg), random_text(cfg, 2000) // 2  # tokens 0 to 34
+    m.residual[:] = 0
+    plain, before, b = copy_of(m), copy_of(m), backend_of(backend, cfg, 1)
+    E.es_step(m, b, es, E.predict(text, 16))
+    E.es_step(plain, b, es, E.predict(text, 16, rows=False))
+    for name, p in cfg.params.items():
+        moved = m.weight(name).astype(int) - before.weight(name)
+        if name not in E.ROWS:
+            np.testing.assert_array_equal(m.weight(name), plain.weight(name))
+        elif name == "emb.weight":
+            assert (moved[35:] == 0).all()
+            assert abs(np.sqrt((moved[:35] ** 2).mean()) / es.rate(0) - 1) < 0.1  # of what little is no noise
+
+
+def test_pairs_that_read_different_texts_have_no_rows_to_credit():
+    cfg = POOL[0]
+    for numbers, start, tokens in (([0, 1], [0, 1], 4), ([1, 2], [0, 0], 4), ([1, 0], [0, 0], 4),
+                                   ([0, 1, 2], [0, 0, 0], 4), ([0, 1], [0, 0], 4097)):
+        members = E.Members(E.new_model(cfg, 0), E.NumpyBackend(cfg, 1), (0, 0, 1.0), np.array(numbers))
+        with pytest.raises(E.UserError, match="the same"):
+            members.credit(random_text(cfg, 5000), np.array(start), tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The backends agree to the bit
 
 
@@ -603,6 +700,10 @@ def assert_equals_numpy(backend, seed, T, runs, sigma):
             found.append((texts, cost, states if length == 999 else 0))  # who is done need not go on
         for a, b in zip(*found, strict=True):
             np.testing.assert_array_equal(a, b)
+    start, pairs = start[::2].copy(), member[::2] // 2
+    for a, b in zip(*(credits_of(b, m, text, start, T, pairs, (seed, 4, sigma)) for b in (backend, numpy))):
+        for one, two in zip(a, b, strict=True):
+            np.testing.assert_array_equal(one, two)
     f = rng.integers(-127, 128, 300).astype(np.int8)
     other, cut = copy_of(m), 1 + seed % len(cfg.trained)
     for units in slice(cut), slice(cut, None):
@@ -871,7 +972,6 @@ def assert_same_run(one, two):
     a, b = (E.load_model(out / "model.npz") for out in (one, two))
     assert a.sha256() == b.sha256()
     np.testing.assert_array_equal(a.residual, b.residual)
-    assert (one / "scores.bin").read_bytes() == (two / "scores.bin").read_bytes()
     assert untimed(one) == untimed(two)
 
 
@@ -1004,7 +1104,7 @@ def test_a_model_survives_saving_and_is_refused_when_damaged(tmp_path):
         try:
             assert same(E.load_model(path))  # a flipped bit of a date in the zip file's directory does no harm
         except E.UserError as e:
-            assert "data/replay.py" in str(e)
+            assert "data/convert.py" in str(e)
             refused += 1
     assert refused > 200
     E.save_model(replace(model, residual=model.residual[1:]), path)
@@ -1044,23 +1144,12 @@ def stopped(runs, tmp_path):
 
 
 def test_what_came_after_the_checkpoint_is_cut_off(stopped, capsys):
-    scores = stopped.out / "scores.bin"
-    assert scores.stat().st_size == 10 * 16
-    for name in "scores.bin", "log.csv":
-        with open(stopped.out / name, "ab") as f:
-            f.write(b"torn")
+    with open(stopped.out / "log.csv", "ab") as f:
+        f.write(b"torn")
     (stopped.out / "model.npz.tmp").write_bytes(b"torn")
     main(capsys, *stopped.resume)
     assert_same_run(stopped.out, stopped.whole)
-    assert sorted(os.listdir(stopped.out)) == ["log.csv", "model.npz", "scores.bin"]
-
-
-def test_a_run_that_lost_scores_goes_on_and_says_what_is_lost(stopped, capsys):
-    (stopped.out / "scores.bin").write_bytes(bytes(7))
-    with mock.patch.object(E, "note") as note:
-        main(capsys, *stopped.resume)
-    assert "can no longer rebuild" in str(note.call_args_list)
-    assert E.load_model(stopped.out / "model.npz").sha256() == E.load_model(stopped.whole / "model.npz").sha256()
+    assert sorted(os.listdir(stopped.out)) == ["log.csv", "model.npz"]
 
 
 @pytest.mark.parametrize("change", [{"momentum": 0.9}, {"sigma": None}])
@@ -1327,7 +1416,7 @@ BAD = {  # arguments, and what the one line names
     "--out short.txt": "short.txt", "--out /proc/nowhere": "/proc/nowhere", "--out taken": "--resume",
     "--out logged": "--resume", "--load nowhere.npz": "nowhere.npz", "--load short.txt": "short.txt",
     "--load short.txt --dim 16": "--dim", "--sample x": "--load", "--eval": "--load", "--resume": "--out",
-    "--resume --out fresh": "fresh", "--resume --out taken": "data/replay.py", "--freeze nothing": "nothing",
+    "--resume --out fresh": "fresh", "--resume --out taken": "data/convert.py", "--freeze nothing": "nothing",
     "--freeze *": "something to train", "--task nowhere.jsonl": "nowhere.jsonl", "--task short.txt": "xxx",
     "--task unanswered.jsonl": "answer", "--task numbers.jsonl": "numbers.jsonl", "--task one.jsonl": "too few",
     "--task two.jsonl --reward best": "best", "--task two.jsonl --reward nowhere.py:best": "nowhere.py:best",
@@ -1661,46 +1750,6 @@ def test_pairs_of_equal_or_no_fitness_and_weights_at_their_limit_are_in_the_log(
     assert float(row["weights_at_limit"]) == round(sum(abs(q) == 127 for q in model.q.tolist()) / len(model.q), 5)
     assert model.sha256() == E.new_model(model.cfg, 0).sha256()
     main(capsys, "--resume", "--out", "run")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
-
-
-def replay(*args):
-    """data/replay.py's exit code, lines and errors."""
-    done = subprocess.run([sys.executable, str(HERE / "data" / "replay.py"), *map(str, args)], capture_output=True,
-                          text=True, check=False)
-    return done.returncode, done.stdout.splitlines(), done.stderr
-
-
-def test_scores_alone_rebuild_the_weights(stopped, prose, capsys):
-    """From model.npz's settings; where that is damaged, from the options, so that the run can go on."""
-    sha256 = f"weights sha256 {E.load_model(stopped.whole / 'model.npz').sha256()}"
-    code, out, err = replay("--out", stopped.whole)
-    assert (code, out[0], out[2], err) == (0, "replayed 20 of 20 steps", sha256, "")
-    assert "step 20 are those of" in out[3]
-    options = [*QUICK, "--vocab", "bytes", "--steps", "20", "--data", prose, "--out", stopped.out]
-    (stopped.out / "model.npz").write_bytes((stopped.out / "model.npz").read_bytes()[:-99])
-    _, said = main(capsys, *stopped.resume, code=2)
-    assert "data/replay.py" in said
-    for wrong in ["--lr", "1"], ["--dim", "32"], ["--data", E.DATA], ["--population", "64"]:
-        code, _, err = replay(*options, *wrong)
-        assert (code, "other scores" in err, err.count("\n")) == (2, True, 2), wrong
-    assert "replayed.npz" not in os.listdir(stopped.out)
-    code, out, err = replay(*options)
-    assert (code, out[0]) == (0, "replayed 10 of 20 steps")
-    assert "not a whole model.npz" in err
-    os.replace(stopped.out / "replayed.npz", stopped.out / "model.npz")
-    assert main(capsys, *stopped.resume)[-1] == sha256
-    (stopped.whole / "scores.bin").write_bytes(bytes(20 * 16))
-    code, _, err = replay("--out", stopped.whole)
-    assert (code, "not those of" in err) == (2, True)
-    (stopped.whole / "scores.bin").write_bytes(bytes(19 * 16))
-    code, _, err = replay("--out", stopped.whole)
-    assert (code, "has 19 steps" in err) == (2, True)
-    code, _, err = replay("--out", stopped.whole, "--steps", "9")
-    assert (code, "--steps 9 is not" in err) == (2, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
