@@ -30,6 +30,7 @@ import nano_eggroll as E
 STEPS, SEEDS = 500, range(3)
 rng = np.random.default_rng(0)
 initial, usual_rate, usual_signs, usual_factors = E.new_model, E.ES.rate, E.signs, E.factors
+usual_move = E.move
 
 
 def bits(levels: int) -> dict[str, Any]:
@@ -58,9 +59,9 @@ def weights(*parts: str) -> dict[str, Any]:
 
 def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any]:
     """Another update: change(model, Z of unit variance, learning rate)."""
-    def move(model: E.Model, backend: E.Backend, es: E.ES, f: np.ndarray) -> None:
+    def move(model: E.Model, backend: E.Backend, es: E.ES, f: np.ndarray, credit: E.Credit | None) -> None:
         zero = replace(model, q=np.zeros_like(model.q), residual=np.zeros_like(model.residual))
-        backend.update(zero, f, es.seed, model.step, 2**15 / math.sqrt(es.rank * (f.astype(float) ** 2).sum()))
+        usual_move(zero, backend, replace(es, lr=1.0, steps=2**31), f, credit)
         change(model, zero.q + zero.residual / 2**15, es.rate(model.step))
         model.step += 1
     return {"move": move}
@@ -125,6 +126,14 @@ SHORT = ["--population", "512", "--tokens", "32", "--steps", "370"]
 # name: arguments of the command line, and names of the file with what they become
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "base": ([], {}),
+    "credit: text, all weights answer for all tokens, as in the paper": (["--credit", "text"], {}),
+    "credit: of the embedding only": ([], {"ROWS": ("emb.weight", "")}),
+    "credit: of the head only": ([], {"ROWS": ("", "head.weight")}),
+    "credit: embedding, for the next token only": ([], {"AHEAD": 1}),
+    "credit: embedding, for four tokens": ([], {"AHEAD": 4}),
+    "credit: head, probability of 1/128": ([], {"LIKELY": 7}),
+    "credit: head, probability of 1/8": ([], {"LIKELY": 3}),
+    "credit: head, only where its token came": ([], {"LIKELY": -64}),
     "fitness: sign of d": ([], {"shape_fitness": lambda d: (42 * np.sign(d)).astype(np.int8)}),
     "fitness: not clipped": ([], {
         "shape_fitness": lambda d: np.rint(d * (127 / max(abs(d).max(), 1))).astype(np.int8)}),
