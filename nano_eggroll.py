@@ -4,7 +4,7 @@
 # ///
 """nano_eggroll: train an int8 RWKV-7 language model with EGGROLL, in one file, without backpropagation.
 
-    python nano_eggroll.py                              train on data/tales.txt (about 3 minutes on 2 cores), then write
+    python nano_eggroll.py                              train on data/tales.txt (two minutes on 2 cores), then write
     python nano_eggroll.py --data book.txt --minutes 10         train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load model.npz --task problems.jsonl --reward my.py:reward     train on rewards
@@ -17,6 +17,8 @@ EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lin
   3. Every weight moves along sum_i f_i A_i B_i^T, one integer matrix product over the population. On average that is
      the direction of the gradient, since different entries of A_i B_i^T are uncorrelated.
   4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
+To this comes an idea of this project, which learns five to ten times as fast: a row of the embedding or of the head
+answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it, as in the paper.
 
 Three parts, with double rulers between them: the method, in numpy, which is complete and trains on its own; the same,
 fast, as a kernel for gcc, clang and CUDA, with the same bits; the tool around it. Copy what you need.
@@ -715,6 +717,9 @@ class Members(NamedTuple):
         return [tokens[:(tokens == stop).argmax()] if stop in tokens else tokens for tokens in written]
 
 
+Fitness = Callable[[Members], Any]  # returns a number for each member, the more the better, or a Credit
+
+
 def move(model: Model, backend: Backend, es: ES, f: np.ndarray, credit: Credit | None = None) -> None:
     """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
 
@@ -734,8 +739,7 @@ def move(model: Model, backend: Backend, es: ES, f: np.ndarray, credit: Credit |
     model.step += 1
 
 
-def es_step(model: Model, backend: Backend, es: ES,
-            fitness: Callable[[Members], ArrayLike]) -> tuple[np.ndarray, np.ndarray]:
+def es_step(model: Model, backend: Backend, es: ES, fitness: Fitness) -> tuple[np.ndarray, np.ndarray]:
     """One step of EGGROLL (algorithm 1 of the paper): changes the model.
 
     Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
@@ -758,7 +762,7 @@ def es_step(model: Model, backend: Backend, es: ES,
     return found, f
 
 
-def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backend: Backend | None = None,
+def evolve(model: Model, fitness: Fitness, es: ES, backend: Backend | None = None,
            report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
     """Train a model for anything that can be scored, from model.step to es.steps.
 
@@ -772,7 +776,7 @@ def evolve(model: Model, fitness: Callable[[Members], ArrayLike], es: ES, backen
         pass
 
 
-def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Callable[[Members], np.ndarray | Credit]:
+def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Fitness:
     """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them.
 
     rows: those of embedding and head answer for their own tokens, see `Credit`; else this is EGGROLL as in the paper.
@@ -875,7 +879,7 @@ typedef long long i64;
   #define SYNC_WARP __syncwarp()
   #define INLINE static __device__ __forceinline__
   #define FUNCTION static __device__ __noinline__  // in the code only once, so that all fits the instruction cache
-  #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * LANES)
+  #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * LANES, 2)
   #define CONSTANT static __device__ const
   #define ALIGNED __align__(128)
   #define UNROLL _Pragma("unroll")
@@ -2285,8 +2289,8 @@ def vocab_of(model: Model) -> Vocab:
 class Team:
     """The processes of an MPI job that train one model, or this one alone. It stands in for the backend.
 
-    In a step each scores an equal share of the members, and all scores go around (4 bytes a member). Each makes a share
-    of the update, and the moves are added up (a byte a weight). Residuals stay where they are made, until a checkpoint.
+    In a step each scores an equal share of the members, and what it found goes around: scores, 4 bytes a member, and
+    what rows answer for, summed over its pairs, 8 bytes a weight of embedding and head. Then all make the same update.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -2296,11 +2300,10 @@ class Team:
         self.device = [node for node, _ in near[:self.index]].count(platform.node())  # its number on its machine
         self.sharing = near.count(near[self.index])  # how many have the same cores
 
-    def lead(self, backend: Backend, model: Model) -> None:
-        """Stand in for this backend, to train this model."""
-        self.backend, self.rank = backend, backend.rank
-        self.play, self.zeros, self.sum_rows = backend.play, backend.zeros, backend.sum_rows
-        self.residual = model.residual.copy()  # of all
+    def lead(self, backend: Backend) -> None:
+        """Stand in for this backend."""
+        self.backend, self.rank, self.play, self.update = backend, backend.rank, backend.play, backend.update
+        self.zeros, self.sum_rows = backend.zeros, backend.sum_rows
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has; to be called by all, like everything but `play`."""
@@ -2312,33 +2315,16 @@ class Team:
             raise UserError(f"it has other {what} than the first process: use the same command, files and "
                             "nano_eggroll.py everywhere, or leave that machine out")
 
-    def share(self, fitness: Callable[[Members], ArrayLike]) -> Callable[[Members], np.ndarray]:
+    def share(self, fitness: Fitness) -> Fitness:
         """The same fitness, of which each process finds a part."""
-        def found(members: Members) -> np.ndarray:
+        def found(members: Members) -> np.ndarray | Credit:
             own = np.array_split(members.numbers.reshape(-1, 2), self.size)[self.index].ravel()
             scores = fitness(members._replace(numbers=own))
             if not isinstance(scores, Credit):
                 return np.concatenate(self.gather(np.asarray(scores)))
-            fitnesses, *sums = zip(*self.gather(scores))
-            return Credit(np.concatenate(fitnesses), *map(sum, sums))
+            parts = [self.gather(part) for part in scores]
+            return Credit(np.concatenate(parts[0]), sum(parts[1]), sum(parts[2]))
         return found
-
-    def merge(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """Integers that each process changed elsewhere, with the changes of all."""
-        change = after - before
-        return before + (self.comm.allreduce(change) if self.comm else change)
-
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: slice) -> None:
-        """As of any backend."""
-        before, (_, n, _) = model.q.copy(), units.indices(len(model.cfg.trained))
-        units = slice(n * self.index // self.size, n * (self.index + 1) // self.size)
-        self.backend.update(model, f, seed, step, gain, units)
-        model.q[:] = self.merge(before, model.q)
-
-    def gather_residuals(self, model: Model) -> None:
-        """Give all residuals to all."""
-        model.residual[:] = self.residual = self.merge(self.residual, model.residual)
 
 
 def mpi() -> Any:
@@ -2564,7 +2550,6 @@ def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, ou
         raise UserError(f"another run has written to {out} meanwhile: give another --out, or --resume to go on")
 
     def save() -> float:
-        team.gather_residuals(model)
         if not team.index:
             model.extra["seconds"] = before + time.monotonic() - began
             save_model(model, out / "model.npz")
@@ -2749,7 +2734,7 @@ def run(given: dict[str, Any], team: Team) -> None:
             raise UserError(f"--population {s.population} has fewer pairs than there are processes: start fewer")
     if s.eval or not measuring:
         task = (AnswerTask if s.task else TextTask)(s, vocab)
-    team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device), model)
+    team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device))
     if "sample" in given and not team.index:
         write_sample(model, team, vocab, s.seed, s.sample, s.length or 400, given.get("temperature", 0.7), s.stop)
     if s.eval:
