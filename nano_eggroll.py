@@ -796,11 +796,11 @@ def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Fitness:
 # pair. But noise in row v of the embedding changes no cost before v is read, and noise in row v of the head hardly any
 # where v neither comes next nor is likely. There the two members differ for other reasons, and to learn from that only
 # makes the row wander. So these rows answer for their own tokens: F_i[v] is the difference of pair i in the cost of
-#     embedding: each token predicted right after v was read, plus half that of the next one
+#     embedding: the token predicted right after v was read, plus half that of the next one, a quarter, an eighth
 #     head: each token for which v came, or had a probability of 1/32 or more
 # and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v]. All other weights move as before.
 
-AHEAD = 2  # tokens whose costs a row of the embedding answers for
+AHEAD = 4  # tokens whose costs a row of the embedding answers for
 LIKELY = 5  # bits: what a token of probability 1/32 would cost
 MOST = 127 * 256 + 127  # 1/4096 bits, the largest credit: two int8 digits
 

@@ -130,7 +130,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "credit: of the embedding only": ([], {"ROWS": ("emb.weight", "")}),
     "credit: of the head only": ([], {"ROWS": ("", "head.weight")}),
     "credit: embedding, for the next token only": ([], {"AHEAD": 1}),
-    "credit: embedding, for four tokens": ([], {"AHEAD": 4}),
+    "credit: embedding, for the next two tokens": ([], {"AHEAD": 2}),
     "credit: head, probability of 1/128": ([], {"LIKELY": 7}),
     "credit: head, probability of 1/8": ([], {"LIKELY": 3}),
     "credit: head, only where its token came": ([], {"LIKELY": -64}),
