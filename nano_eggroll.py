@@ -568,7 +568,7 @@ class NumpyBackend:
         return cost
 
     def outer(self, p: Param, f: np.ndarray, keys: Keys) -> np.ndarray:
-        """sum_i f_i A_i B_i^T for a parameter, int32 [out, cols]; f: int8 [n], or int16 [n, out] with one for each row."""
+        """sum_i f_i A_i B_i^T of a parameter, int32 [out, cols]; f: int8 [n] or, one for each row, int16 [n, out]."""
         Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
         some = 256 // self.rank  # pairs at a time, for memory; sums below 2^24 are exact in a float32 product
         for part in (slice(i, i + some) for i in range(0, len(f), some)):
@@ -1429,7 +1429,7 @@ FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
   return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
 }
 
-// Credits rows of the head with d, what a token cost the second member of a pair more: those that had a say, as in Python
+// Credits those rows of the head that had a say with d, what a token cost the second member of a pair more
 FUNCTION void answer_for(Call *m, int n, const vi *next, const vi *cost, const vi *d) {
   Batch *s = m->s;
   vf least[TOGETHER];
@@ -1530,7 +1530,7 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
       }
     }
     if (state) FOR_LANE(l) EACH(i, STATE) if (batch * LANES + l < runs) state[AT(run, l) * STATE + i] = AT(S[i], l);
-    if (credit) FOR_LANE(l) EACH(v, VOCAB) {      // of a pair: what its members agree on, and what both add up to
+    if (credit) FOR_LANE(l) EACH(v, VOCAB) {      // of a pair: of the head, what both members say
       const int pair = AT(run, l) / 2, head = AT(s->own[1][v], l) + BESIDE(s->own[1][v], l);
       if (batch * LANES + l < runs && l % 2 == 0) {
         credit[(i64)v * (runs / 2) + pair] = least(MOST, -least(MOST, -AT(s->own[0][v], l)));
@@ -2042,7 +2042,7 @@ class Settings(ES):
     data: str = ""  # text to learn; its last tenth is for validation (data/tales.txt)
     valid: str = ""  # text for validation instead of that
     credit: str = "rows"  # of embedding and head: rows answer for their own tokens, or text: for all, as in the paper
-    vocab: str = ""  # how many tokens to learn from --data, or bytes (256; of data/tales.txt all its words, 1,071)
+    vocab: str = ""  # how many tokens to learn from the text, or bytes (2,048; data/tales.txt has but 1,071)
     out: str = ""  # folder for the model and its log (out, or out-2, ... where that is taken)
     resume: bool = False  # go on with the run in --out, with its own settings
     load: str = ""  # start from this model.npz
@@ -2309,6 +2309,10 @@ class Team:
         """What each process has; to be called by all, like everything but `play`."""
         return self.comm.allgather(value) if self.comm else [value]
 
+    def add(self, part: np.ndarray) -> np.ndarray:
+        """Integers that each process has a part of, added up."""
+        return self.comm.allreduce(part) if self.comm else part
+
     def agree(self, what: str, value: Any) -> None:
         """Raises UserError where this process has something else than the first."""
         if self.gather(value)[0] != value:
@@ -2322,8 +2326,7 @@ class Team:
             scores = fitness(members._replace(numbers=own))
             if not isinstance(scores, Credit):
                 return np.concatenate(self.gather(np.asarray(scores)))
-            parts = [self.gather(part) for part in scores]
-            return Credit(np.concatenate(parts[0]), sum(parts[1]), sum(parts[2]))
+            return Credit(np.concatenate(self.gather(scores.fitness)), self.add(scores.Z), self.add(scores.square))
         return found
 
 
@@ -2658,7 +2661,7 @@ def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
         usual = {name: was[name] for name in same if name in was} | (ANSWERS if s.task else {})
         s = replace(s, **usual | given)
     else:
-        s = replace(s, vocab=s.vocab or ("bytes" if s.task else "256" if s.data else "2048"))
+        s = replace(s, vocab=s.vocab or ("bytes" if s.task else "2048"))
         if s.vocab != "bytes" and not (s.vocab.isdecimal() and 1 <= int(s.vocab) <= 4096):
             raise UserError(f"--vocab {s.vocab} cannot be learned: choose 1 to 4096, or bytes")
         if s.data and os.path.getsize(s.data) > 2**24:

@@ -593,7 +593,7 @@ def credits_of(b, m, text, start, T, pairs, noise):
 @given(kernels, SEEDS, st.integers(1, 30))
 @examples(8)
 def test_rows_answer_for_their_own_tokens(backend, kernel, seed, T):
-    """As written from the definition, a token at a time: of a token whose probability is next to 1/32 either will do."""
+    """As written from the definition, a token at a time; where a probability is next to 1/32, either will do."""
     (cfg, rank), rng = kernel, np.random.default_rng(seed)
     m, b, text, noise = random_model(cfg, seed), backend_of(backend, cfg, rank), random_text(cfg), (seed, 5, 1.0)
     start, pairs = rng.integers(0, 200, 3), rng.integers(0, 2**20, 3)
@@ -2241,7 +2241,8 @@ def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
     plain = ([], ablate.moved(lambda model, Z, lr: ablate.add(model, lr * Z)))
     coarse = (["--backend", "numpy"], ablate.CHANGES["activations of 4 bits"][1])
     for name, (args, parts) in (ablate.CHANGES | {"update: plain": plain, "activations in numpy": coarse}).items():
-        if name.startswith(("base", "credit", "fitness", "update", "initial", "schedule", "activations", "6 M tokens: normal")):
+        if name.startswith(("base", "credit", "fitness", "update", "initial", "schedule", "activations",
+                            "6 M tokens: normal")):
             found[name] = ablate.run(["--backend", "c", *args, *small, str(tmp_path / "text")], parts, 0)
             assert vars(E) == usual
             assert E.ES.rate is ablate.usual_rate
