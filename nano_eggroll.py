@@ -17,8 +17,8 @@ EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lin
   3. Every weight moves along sum_i f_i A_i B_i^T, one integer matrix product over the population. On average that is
      the direction of the gradient, since different entries of A_i B_i^T are uncorrelated.
   4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
-To this comes an idea of this project, which learns five to ten times as fast: a row of the embedding or of the head
-answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it, as in the paper.
+To this comes an idea of this project, by which the same is learned from a tenth of the tokens: a row of the embedding
+or of the head answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it.
 
 Three parts, with double rulers between them: the method, in numpy, which is complete and trains on its own; the same,
 fast, as a kernel for gcc, clang and CUDA, with the same bits; the tool around it. Copy what you need.
@@ -490,6 +490,51 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Who answers for what: an addition of this project. In the paper each weight takes the whole fitness of a pair. But
+# noise in row v of the embedding changes no cost before v is read, and noise in row v of the head hardly any where v
+# neither comes next nor is likely. There the two members differ because of other weights' noise, whose signs have
+# nothing to do with the row's: on average that moves the row nowhere, but it adds variance, and as all moves are scaled
+# to one size, less of each is learning. So the credit F_i[v] of row v is how much less the first member of pair i pays
+#     embedding: for the token right after v was read, plus half of that for the next one, a quarter, an eighth
+#     head: for the tokens that are v, or for which v has a probability of 1/32 or more (else rows only ever go up)
+# and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v] over the pairs. All other weights move as
+# in the paper. What is left out, later and small effects, is a little signal and a lot of noise.
+
+AHEAD = 4  # tokens whose costs a row of the embedding answers for
+LIKELY = 5  # bits: what a token of probability 1/32 would cost
+MOST = 127 * 256 + 127  # the largest credit, 8 bits in units of 1/4096; the kernel takes it as two int8 digits
+
+
+class Credit(NamedTuple):
+    """A fitness in which rows of embedding and head answer for their own tokens.
+
+    All are sums over pairs, in integers, so parts of a population may be played anywhere and added up.
+    """
+
+    fitness: np.ndarray  # [P], for all other weights
+    Z: np.ndarray  # int64 [2, V, D], of embedding and head: sum_i F_i[v] A_i[v] B_i
+    square: np.ndarray  # int64 [2, V]: sum_i F_i[v]^2; Z / sqrt(R square) has unit variance where there is no signal
+
+
+def answer_for(F: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target: np.ndarray,
+               cost: np.ndarray) -> None:
+    """Add what one token says of the rows to their credits F, int32 [2, V, P/2], in 1/4096 bit.
+
+    logits: float32 [P, V], of members who are pairs; read: the last tokens, int [P/2] each, latest first; target, cost:
+    the token that came, int64 [P], and what it cost each, int32 [P].
+    """
+    pair, member = np.arange(len(cost) // 2), np.arange(len(cost))
+    d = cost[1::2] - cost[::2]
+    for k, token in enumerate(read):
+        F[0, token, pair] += d >> k
+    # The logit of a token that costs LIKELY bits: for each bit that it costs less than the target it is ln 2 larger
+    least = logits[member, target] + (cost.astype(F32) - F32(LIKELY * BITS)) * F32(math.log(2) / BITS)
+    answers = logits >= least[:, None]
+    answers[member, target] = True
+    F[1] += ((answers[::2].astype(np.int32) + answers[1::2]) * d[:, None]).T  # of both members
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The population and the update, in numpy. Part 2 has the same two methods as a kernel.
 
 def feed_back(q: np.ndarray, residual: np.ndarray, move: np.ndarray) -> None:
@@ -534,8 +579,8 @@ class NumpyBackend:
         itself. With given (int32 [n], at least 1) only so many tokens are there, and the run writes what follows into
         text, see `choose`: up to `length` tokens or the token `stop` (-1: none), and then it is done. state (see
         `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done. credit
-        (int16 [2, V, n/2]) gets what rows of embedding and head answer for, where runs 2i and 2i + 1 are of a pair and
-        read the same.
+        (int16 [2, V, n/2], without `given`) gets the credits of rows, see `answer_for`, where runs 2i and 2i + 1 are of
+        a pair and read the same.
         """
         cfg, cost = self.cfg, np.zeros(len(start), np.int32)
         check_runs(cfg, text, start, T, member)
@@ -725,7 +770,7 @@ def move(model: Model, backend: Backend, es: ES, f: np.ndarray, credit: Credit |
 
     Z / (||f|| sqrt(R)) has unit variance where there is no signal (||f||: norm over the pairs), so the learning rate is
     the size of a move in int8 steps, whatever the size of f, sigma and the gradient. With credit, rows of embedding and
-    head move by their own.
+    head move along credit.Z instead, each divided by its own norm; one without credit stays where it is.
     """
     rate, rows = es.rate(model.step) * 2**15, model.cfg.rows if credit else []
     norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
@@ -789,45 +834,6 @@ def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Fitness:
         start = segments(text, tokens, seed, step, members.numbers // 2)
         return members.credit(text, start, tokens) if rows else -members.cost(text, start, tokens)
     return fitness
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who answers for what: an addition of this project, not of the paper, where each weight takes the whole fitness of a
-# pair. But noise in row v of the embedding changes no cost before v is read, and noise in row v of the head hardly any
-# where v neither comes next nor is likely. There the two members differ for other reasons, and to learn from that only
-# makes the row wander. So these rows answer for their own tokens: F_i[v] is the difference of pair i in the cost of
-#     embedding: the token predicted right after v was read, plus half that of the next one, a quarter, an eighth
-#     head: each token for which v came, or had a probability of 1/32 or more
-# and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v]. All other weights move as before.
-
-AHEAD = 4  # tokens whose costs a row of the embedding answers for
-LIKELY = 5  # bits: what a token of probability 1/32 would cost
-MOST = 127 * 256 + 127  # 1/4096 bits, the largest credit: two int8 digits
-
-
-class Credit(NamedTuple):
-    """A fitness in which rows of embedding and head answer for their own tokens."""
-
-    fitness: np.ndarray  # [P], for all other weights
-    Z: np.ndarray  # int64 [2, V, D]: sum_i F_i[v] A_i[v] B_i of embedding and head, where F_i[v] is the credit of row v
-    square: np.ndarray  # int64 [2, V]: sum_i F_i[v]^2
-
-
-def answer_for(credit: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target: np.ndarray,
-               cost: np.ndarray) -> None:
-    """What one token adds to the credit of the rows of embedding and head, int32 [2, V, P/2], in 1/4096 bit.
-
-    logits: float32 [P, V], of members who are pairs; read: the last tokens, int [P/2] each, latest first; target, cost:
-    the token that came, int64 [P], and what it cost each, int32 [P].
-    """
-    pair, member = np.arange(len(cost) // 2), np.arange(len(cost))
-    d = cost[1::2] - cost[::2]
-    for k, token in enumerate(read):
-        credit[0, token, pair] += d >> k
-    least = logits[member, target] + (cost.astype(F32) - F32(LIKELY * BITS)) * F32(math.log(2) / BITS)
-    say = logits >= least[:, None]  # a token would have cost at most LIKELY bits
-    say[member, target] = True
-    credit[1] += ((say[::2].astype(np.int32) + say[1::2]) * d[:, None]).T  # of both members
 
 
 # =====================================================================================================================
