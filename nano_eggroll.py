@@ -788,8 +788,8 @@ def es_step(model: Model, backend: Backend, es: ES, fitness: Fitness) -> tuple[n
     """One step of EGGROLL (algorithm 1 of the paper): changes the model.
 
     Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
-    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each, or
-    the backend is of another rank.
+    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each or a
+    Credit, or the backend is of another rank.
     """
     if backend.rank != es.rank:
         raise UserError(f"the backend is of rank {backend.rank}, the settings of rank {es.rank}: make them alike")
@@ -812,7 +812,7 @@ def evolve(model: Model, fitness: Fitness, es: ES, backend: Backend | None = Non
     """Train a model for anything that can be scored, from model.step to es.steps.
 
     fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32: a large
-    constant would hide small differences. report gets what `es_step` returns, after each step, and ends the run by
+    constant would hide small differences; or a Credit. report gets what `es_step` returns, after each step, and ends the run by
     returning something true. Where fitness scores the members itself, with `draw`, any model with q, residual, step and
     a cfg with trained and sizes.words will do, and a NumpyBackend.
     """

@@ -70,6 +70,9 @@ def ways(s: E.Settings, model: E.Model, backend: E.Backend, text: np.ndarray, fu
         tokens = np.full(runs, given, np.int32)
         return backend.play(model, text, start[:runs], T, np.arange(runs), noise, tokens, T)
 
+    def fitness(members: E.Members) -> np.ndarray | E.Credit:
+        return -play(trained, P, members.noise) if writing else members.credit(text, start[:P], T)
+
     def naive(runs: int) -> None:
         for pair in range(pairs):
             noise = E.signs(E.pair_keys(s.seed, 0, np.array([pair])), 0, len(model.q))[0]
@@ -79,7 +82,7 @@ def ways(s: E.Settings, model: E.Model, backend: E.Backend, text: np.ndarray, fu
     return {
         "inference": (P, lambda: play(model, P, still)),
         "EGGROLL forward": (P, lambda: play(model, P, (s.seed, 0, s.sigma))),
-        "EGGROLL whole step": (P, lambda: E.es_step(trained, backend, s, lambda m: -play(trained, P, m.noise))),
+        "EGGROLL whole step": (P, lambda: E.es_step(trained, backend, s, fitness)),
         f"naive ES, {full} texts a member": (2 * pairs * full, lambda: naive(full)),
         "naive ES, 1 text a member": (2 * pairs, lambda: naive(1)),
     }
