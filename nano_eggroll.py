@@ -811,10 +811,10 @@ def evolve(model: Model, fitness: Fitness, es: ES, backend: Backend | None = Non
            report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
     """Train a model for anything that can be scored, from model.step to es.steps.
 
-    fitness(members) returns a number for each, the more the better, which is taken as int32 or else as float32: a large
-    constant would hide small differences; or a Credit. report gets what `es_step` returns, after each step, and ends the run by
-    returning something true. Where fitness scores the members itself, with `draw`, any model with q, residual, step and
-    a cfg with trained and sizes.words will do, and a NumpyBackend.
+    fitness(members) returns a number for each, the more the better, or a Credit. Numbers are taken as int32 or else as
+    float32: a large constant would hide small differences. report gets what `es_step` returns, after each step, and
+    ends the run by returning something true. Where fitness scores the members itself, with `draw`, any model with q,
+    residual, step and a cfg with trained and sizes.words will do, and a NumpyBackend.
     """
     backend = backend or default_backend(model.cfg, es.rank)
     while model.step < es.steps and not report(*es_step(model, backend, es, fitness)):
