@@ -832,7 +832,9 @@ def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Fitness:
     def fitness(members: Members) -> np.ndarray | Credit:
         seed, step, _ = members.noise
         start = segments(text, tokens, seed, step, members.numbers // 2)
-        return members.credit(text, start, tokens) if rows else -members.cost(text, start, tokens)
+        if rows and members.model.cfg.rows:  # not of World models, where both are frozen
+            return members.credit(text, start, tokens)
+        return -members.cost(text, start, tokens)
     return fitness
 
 
