@@ -8,30 +8,31 @@
     python nano_eggroll.py --data book.txt --minutes 10         train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load model.npz --task problems.jsonl --reward my.py:reward     train on rewards
+    python -c "import nano_eggroll as E; E.toy()"               EGGROLL alone: a matrix learns to write a sentence
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
   1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
-     B_i are thin +-1 matrices rebuilt from a seed, and x (W + c A B^T)^T = x W^T + c (x B) A^T, so all members are
-     multiplied by the same W, their own part is cheap, and no noise is kept.
+     B_i are thin +-1 matrices rebuilt from a seed. As x (W + c A B^T)^T = x W^T + c (x B) A^T, one product with W
+     serves all members alike, a member's own part is cheap, and no noise is kept.
   2. Both members of a pair read the same text; f_i says how much better the first one predicted it.
   3. Every weight moves along sum_i f_i A_i B_i^T, one integer matrix product over the population. On average that is
      the direction of the gradient, since different entries of A_i B_i^T are uncorrelated.
-  4. The weights are int8 and stay int8; what is too small for a whole step waits in an int16 residual.
-To this comes an idea of this project, by which the same is learned from a tenth of the tokens: a row of the embedding
-or of the head answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it.
+  4. The weights are int8 and stay int8; what is too small for a whole level waits in an int16 residual.
+This project adds one idea, which learns the same from a tenth of the tokens: a row of the embedding or of the head
+answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it.
 
-Three parts, with double rulers between them: the method, in numpy, which is complete and trains on its own; the same,
-fast, as a kernel for gcc, clang and CUDA, with the same bits; the tool around it. Copy what you need.
+Three parts, with double rulers between them: the method in numpy, complete, which trains on its own (EGGROLL, then
+RWKV-7, then its text); the same, fast, as a kernel for gcc, clang and CUDA, with the same bits; the tool around it.
 
-Shapes are written with one set of letters, in Python and in the kernel alike: P population (members), T tokens,
-D width, L layers, H heads, N head size, F width of the channel mix, V vocabulary, R rank.
+One set of letters for shapes, in Python and in the kernel: P population (members), T tokens, D width, L layers,
+H heads, N head size, F width of the channel mix, V vocabulary, R rank.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -47,115 +48,7 @@ class UserError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model's shape, and the table of its parameters
-
-ROWS = "emb.weight", "head.weight"  # a row of these belongs to a token
-MLPS = "wavg"  # RWKV-7 has four small MLPs: for the decay w, in-context learning rate a, value residual v and gate g
-
-
-class Param(NamedTuple):
-    """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
-
-    name: str
-    out: int
-    cols: int
-    at: int  # where its weights begin in the flat int8 buffer
-    row: int  # where its scales begin, one for each row or entry of a vector
-    word: int  # where its noise begins in a pair's stream, in words of 32 entries; -1: it has none and is not trained
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return self.out * max(self.cols, 1)
-
-
-class Sizes(NamedTuple):
-    """What a model takes."""
-
-    weights: int  # bytes of the flat int8 buffer
-    rows: int  # scales
-    words: int  # of noise, for each pair and rank
-
-
-def words_of(entries: int) -> int:
-    """How many 32-bit words hold this many +-1 entries."""
-    return -(-entries // 32)
-
-
-@dataclass(frozen=True)
-class Config:
-    """The shape of an RWKV-7; raises UserError (a ValueError) for shapes that cannot be computed."""
-
-    dim: int = 32  # D, width of the residual stream
-    layers: int = 1  # L
-    head_size: int = 16  # N, must divide D
-    vocab: int = 256  # V
-    ffn: int = 0  # F, width of the channel mix; 0 means 4 D
-    mlp: tuple[int, ...] = (16, 16, 16, 16)  # inner widths of the small MLPs, see MLPS
-    freeze: tuple[str, ...] = ()  # names of parameters that are not trained
-
-    def __post_init__(self) -> None:
-        """Fill in ffn, and check; raises UserError."""
-        object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
-        D, N, *others = self.dim, self.head_size, self.layers, self.vocab, self.ffn, *self.mlp
-        # Sums of 65536 inputs x 127 x 255 fit the int32 accumulators, twice as many would not: some units of a CPU
-        # multiply unsigned bytes, which are weights + 128.
-        if len(self.mlp) != 4 or not 1 <= min(D, N, *others) or max(D, *others) > 2**16 or self.sizes.weights >= 2**31:
-            raise UserError(f"{self} cannot be computed: choose 1 to 65,536 of each, and less than 2^31 weights")
-        if D % N:
-            raise UserError(f"--head-size {N} does not divide --dim {D}: choose a divisor of it")
-        if not self.sizes.words or set(self.freeze) - set(self.params):
-            raise UserError("--freeze must leave something to train, and name parameters of the model")
-
-    @cached_property
-    def params(self) -> dict[str, Param]:
-        """The parameter table: official RWKV-7 name -> Param, in the order of the flat int8 buffer."""
-        D, F, V = self.dim, self.ffn, self.vocab
-        shapes = {"emb.weight": (V, D), "blocks.0.ln0.weight": (D, 0), "blocks.0.ln0.bias": (D, 0),
-                  "ln_out.weight": (D, 0), "ln_out.bias": (D, 0), "head.weight": (V, D)}
-        for layer in range(self.layers):
-            block: dict[str, tuple[int, int]] = {}
-            for n, size in zip(MLPS, self.mlp):
-                if n == "v" and layer == 0:  # the value residual starts at the second layer
-                    continue
-                if n != "g":  # the gate has no bias
-                    block[f"att.{n}0"] = (D, 0)
-                block |= {f"att.{n}1": (size, D), f"att.{n}2": (D, size)}  # the official files have them transposed
-            block |= {f"att.x_{n}": (D, 0) for n in "rwkvag"}  # in a row, as the kernel's token_shift takes them
-            block |= {f"att.{n}": (D, 0) for n in ("k_k", "k_a", "r_k")}
-            block |= {f"att.{n}.weight": (D, D) for n in ("receptance", "key", "value", "output")}
-            block |= {f"{n}.{p}": (D, 0) for n in ("ln1", "ln2", "att.ln_x") for p in ("weight", "bias")}
-            block |= {"ffn.x_k": (D, 0), "ffn.key.weight": (F, D), "ffn.value.weight": (D, F)}
-            shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-        table, at, row, word = {}, 0, 0, 0
-        for name, (out, cols) in shapes.items():
-            frozen = name in self.freeze
-            table[name] = Param(name, out, cols, at, row, -1 if frozen else word)
-            at += out * max(cols, 1)
-            row += out
-            word += 0 if frozen else words_of(out) + words_of(cols)
-        return table
-
-    @cached_property
-    def trained(self) -> list[Param]:
-        """The parameters that are not frozen, which are the units of an update; last those of `rows`."""
-        return sorted((p for p in self.params.values() if p.word >= 0), key=lambda p: p.name in ROWS)
-
-    @cached_property
-    def rows(self) -> list[Param]:
-        """Those of them whose rows belong to tokens."""
-        return [p for p in self.trained if p.name in ROWS]
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        """How much of everything there is."""
-        *_, last = self.params.values()
-        words = sum(words_of(p.out) + words_of(p.cols) for p in self.trained)
-        return Sizes(last.at + last.size, last.row + last.out, words)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise: a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
+# EGGROLL: noise, from a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
 
 Keys = tuple[np.ndarray, np.ndarray]  # of the noise of n pairs: uint32 [n], uint32 [n]
 
@@ -183,37 +76,85 @@ def noise_words(keys: Keys, word: np.ndarray) -> np.ndarray:
     return mix(mix(np.asarray(word).astype(np.uint32) + keys[0][:, None]) ^ keys[1][:, None])
 
 
+def words_of(entries: int) -> int:
+    """How many 32-bit words hold this many +-1 entries."""
+    return -(-entries // 32)
+
+
 def signs(keys: Keys, word: int, entries: int) -> np.ndarray:
     """+-1 entries of n pairs -> int8 [n, entries]: entry i is +1 where bit i % 32 of word `word` + i // 32 is set."""
     h = noise_words(keys, word + np.arange(words_of(entries))).astype("<u4")
     return 2 * np.unpackbits(h.view(np.uint8), axis=1, count=entries, bitorder="little").astype(np.int8) - 1
 
 
-def factors(cfg: Config, p: Param, keys: Keys, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1.
-
-    The stream of a pair holds A and B of the first parameter, of the second one, ..., each from a new word on; all that
-    comes R times, so that the first column is that of rank 1.
-    """
-    at = [p.word + k * cfg.sizes.words for k in range(rank)]  # the k-th column has its own stretch of the stream
-    A = np.stack([signs(keys, w, p.out) for w in at], 1)
-    if not p.cols:
-        return A, np.ones((len(A), rank, 1), np.int8)
-    return A, np.stack([signs(keys, w + words_of(p.out), p.cols) for w in at], 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights: int8 with a fixed scale per row
+# EGGROLL: int8 weights, each row with a fixed scale, in one flat buffer
+
+class Param(NamedTuple):
+    """One parameter: a matrix [out, cols], or a vector [out] when cols is 0."""
+
+    name: str
+    out: int
+    cols: int
+    at: int  # where its weights begin in the flat int8 buffer
+    row: int  # where its scales begin, one for each row or entry of a vector
+    word: int  # where its noise begins in a pair's stream, in words of 32 entries; -1: it has none and is not trained
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return self.out * max(self.cols, 1)
+
+
+class Sizes(NamedTuple):
+    """What a model takes."""
+
+    weights: int  # bytes of the flat int8 buffer
+    rows: int  # scales
+    words: int  # of noise, for each pair and rank
+
+
+class Parameters:
+    """The parameters of a model, and where each has its weights, scales and noise."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], freeze: Sequence[str] = ()) -> None:
+        """shapes: name -> (out, cols), cols 0 for a vector; freeze: names of those that are not trained."""
+        self.shapes, self.freeze = shapes, freeze
+
+    @cached_property
+    def params(self) -> dict[str, Param]:
+        """name -> Param, in the order of the buffer."""
+        table, at, row, word = {}, 0, 0, 0
+        for name, (out, cols) in self.shapes.items():
+            frozen = name in self.freeze
+            table[name] = Param(name, out, cols, at, row, -1 if frozen else word)
+            at += out * max(cols, 1)
+            row += out
+            word += 0 if frozen else words_of(out) + words_of(cols)
+        return table
+
+    @cached_property
+    def trained(self) -> list[Param]:
+        """Those that are not frozen."""
+        return [p for p in self.params.values() if p.word >= 0]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """How much of everything there is."""
+        *_, last = self.params.values()
+        words = sum(words_of(p.out) + words_of(p.cols) for p in self.trained)
+        return Sizes(last.at + last.size, last.row + last.out, words)
+
 
 @dataclass
 class Model:
     """The state of a run: int8 weights, their fixed scales, and the int16 remainders of the updates."""
 
-    cfg: Config
-    q: np.ndarray  # int8, flat: every parameter, see Config.params
-    scale: np.ndarray  # float32 [rows]: what an int8 step of a row is worth
-    residual: np.ndarray  # int16, flat like q, in units of 2^-15 int8 steps
-    step: int = 0
+    cfg: Parameters  # or a Config, which is that of an RWKV-7
+    q: np.ndarray  # int8, flat: every parameter
+    scale: np.ndarray  # float32 [rows]: what an int8 level of a row is worth
+    residual: np.ndarray  # int16, flat like q, in units of 2^-15 int8 levels
+    step: int = 0  # updates so far
     extra: dict = field(default_factory=dict)  # what part 3 keeps with it: tokens, settings, the log
 
     def weight(self, name: str) -> np.ndarray:
@@ -231,10 +172,337 @@ class Model:
         return hashlib.sha256(self.q.tobytes()).hexdigest()
 
 
-def empty_model(cfg: Config) -> Model:
-    """A model of zeros."""
+def empty_model(cfg: Parameters) -> Model:
+    """A model of zero weights, with scales of 1."""
     size, rows, _ = cfg.sizes
-    return Model(cfg, np.zeros(size, np.int8), np.zeros(rows, F32), np.zeros(size, np.int16))
+    return Model(cfg, np.zeros(size, np.int8), np.ones(rows, F32), np.zeros(size, np.int16))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EGGROLL: a perturbed product, and the update of what it was multiplied by
+
+LowRank = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # name -> (c A [P, out], B [P, cols]) of each rank
+
+
+def factors(cfg: Parameters, p: Param, keys: Keys, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1.
+
+    The stream of a pair holds A and B of the first parameter, of the second one, ..., each from a new word on; all that
+    comes R times, so that the first column is that of rank 1.
+    """
+    at = [p.word + k * cfg.sizes.words for k in range(rank)]  # the k-th column has its own stretch of the stream
+    A = np.stack([signs(keys, w, p.out) for w in at], 1)
+    if not p.cols:
+        return A, np.ones((len(A), rank, 1), np.int8)
+    return A, np.stack([signs(keys, w + words_of(p.out), p.cols) for w in at], 1)
+
+
+def perturb(cfg: Parameters, rank: int, member: np.ndarray, seed: int, step: int, sigma: float) -> LowRank:
+    """What makes members [P] out of one model: pair i's c A B^T is added in member 2i and subtracted in 2i+1.
+
+    c = sigma / sqrt(R), so that the sum of R products of +-1 has the size sigma, in int8 levels. Float32; nothing where
+    sigma is 0 or a parameter is frozen.
+    """
+    keys = pair_keys(seed, step, member // 2)
+    c = np.where(member % 2, -1, 1).astype(F32)[:, None] * F32(sigma / math.sqrt(rank))
+    low_rank: LowRank = {name: [] for name in cfg.params}
+    for p in cfg.trained if sigma else ():
+        A, B = factors(cfg, p, keys, rank)
+        low_rank[p.name] = [(c * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(rank)]
+    return low_rank
+
+
+def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127, float32 [..., n]; scale [..., 1]."""
+    top = np.maximum(np.abs(x).max(-1, keepdims=True), F32(1e-30))  # if all are zero, any scale but zero will do
+    return np.rint(x * (F32(127) / top)), top * F32(1 / 127)
+
+
+def linear(model: Model, low_rank: LowRank, name: str, x: np.ndarray) -> np.ndarray:
+    """x (W + c A B^T)^T = x W^T + c (x B) A^T, [P, cols] -> [P, out]: a product for all, R dot products for each."""
+    q, x_scale = quantise(x)
+    # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
+    exact = F32 if x.shape[-1] * 127 * 127 < 2**24 else np.float64
+    y = (q.astype(exact) @ model.weight(name).T.astype(exact)).astype(F32)
+    for cA, B in low_rank[name]:
+        y = y + (q * B).sum(1, keepdims=True) * cA
+    return y * model.scales(name) * x_scale
+
+
+def feed_back(q: np.ndarray, residual: np.ndarray, change: np.ndarray) -> None:
+    """Error feedback: weights q take the whole int8 levels of a change, residuals keep the rest, at most half of one.
+
+    q int8 [n], residual int16 [n], both changed; change: float [n], in 2^-15 levels, clipped to +-64 levels. What
+    would take a weight beyond +-127 is lost.
+    """
+    total = residual + np.rint(np.clip(change, F32(-(2**21)), F32(2**21))).astype(np.int32)
+    whole = (total + 2**14) >> 15  # the nearest whole number
+    residual[:] = total - (whole << 15)
+    q[:] = np.clip(q + whole, -127, 127)
+
+
+def pieces(n: int, size: int) -> list[slice]:
+    """0 to n in slices of `size`, for what would take too much memory at once."""
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+class NumpyUpdate:
+    """The update in numpy. A backend has this method and `rank`; those of RWKV-7 also score and write, see below."""
+
+    name = "numpy"
+
+    def __init__(self, cfg: Parameters, rank: int) -> None:
+        """cfg: of the models; rank: of their perturbations."""
+        self.cfg, self.rank = cfg, rank
+
+    def outer(self, p: Param, f: np.ndarray, keys: Keys) -> np.ndarray:
+        """Z = sum_i f_i A_i B_i^T of a parameter, int32 [out, cols]; f: int8 [n] or, for each row, int16 [n, out]."""
+        Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
+        for part in pieces(len(f), 256 // self.rank):  # sums below 2^24 are exact in a float32 product
+            A, B = factors(self.cfg, p, (keys[0][part], keys[1][part]), self.rank)
+            fA = f[part].reshape(len(A), 1, -1) * A.astype(F32)
+            Z += (fA.reshape(-1, p.out).T @ B.astype(F32).reshape(-1, Z.shape[1])).astype(np.int32)
+        return Z
+
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float, count: int | None = None) -> None:
+        """Weights and residuals move by gain Z, in 2^-15 int8 levels, for f int8 [P/2], -127 to 127.
+
+        count: so many of `cfg.trained` are moved, by default all.
+        """
+        keys = pair_keys(seed, step, np.arange(len(f)))
+        for p in self.cfg.trained[:count]:
+            at = slice(p.at, p.at + p.size)
+            feed_back(model.q[at], model.residual[at], self.outer(p, f, keys).astype(F32).ravel() * F32(gain))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EGGROLL: the evolution strategy
+
+LIMITS = {  # least and most; an update's sums of 127 x pairs x rank, and a cost of T times 63 bits, must fit int32
+    "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
+    "lr": (0, 127), "drift": (0, 1e6), "seed": (0, 2**32 - 1)}
+
+
+@dataclass(frozen=True)
+class ES:
+    """The settings of a run; raises UserError where they are beyond LIMITS."""
+
+    population: int = 1024  # P, an even number of members
+    rank: int = 1  # R, of the perturbations, 1 to 8
+    tokens: int = 128  # T, length of the text that each member reads in a step
+    steps: int = 1200  # updates
+    sigma: float = 1.0  # size of the perturbations, in int8 levels
+    lr: float | None = None  # learning rate, in int8 levels (drift sqrt(3 / steps), at most 1.5)
+    drift: float = 16.0  # how far a weight that sees only noise gets in a run without --lr, in int8 levels
+    seed: int = 0  # of weights, noise, sampling and order of the data
+
+    def __post_init__(self) -> None:
+        """Check."""
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name, None)
+            if value is not None and not least <= value <= most:
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range: choose {least} to {most}")
+        if self.population % 2:
+            raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, in int8 levels: lr, falling linearly to 0.
+
+        A weight that sees only noise moves by a normal deviate of this size, so it ends about lr sqrt(steps / 3) levels
+        from its start. Without lr that is made to be `drift`, or less in short runs, where lr would be over 1.5.
+        """
+        lr = min(1.5, self.drift * math.sqrt(3 / self.steps)) if self.lr is None else self.lr
+        return lr * max(0, 1 - step / self.steps)
+
+
+class Members(NamedTuple):
+    """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
+
+    Only the difference within a pair, members 2i and 2i + 1, counts, so give both the same task.
+    """
+
+    model: Model
+    backend: Any  # see NumpyUpdate
+    noise: tuple[int, int, float]  # seed, step, sigma
+    numbers: np.ndarray  # int64 [P], which members of the population these are
+
+    def low_rank(self) -> LowRank:
+        """Their perturbations, for `linear`."""
+        return perturb(self.model.cfg, self.backend.rank, self.numbers, *self.noise)
+
+    def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
+        """Bits/4096 that it costs member m to predict T tokens after text[start[m]] (uint16), int32 [P]."""
+        text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
+        return self.backend.score(self.model, text, start, tokens, self.numbers, self.noise)
+
+    def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
+               temperature: float = 0.0) -> list[np.ndarray]:
+        """What each member writes after its prompt: at most `length` tokens, and none from the token `stop` on.
+
+        prompts: P lists of one token or more. Temperature 0 takes the likeliest token. Raises UserError.
+        """
+        given = np.array([len(p) for p in prompts], np.int32)
+        text = np.zeros((len(given), given.max() + length), np.uint16)
+        for row, prompt in zip(text, prompts):
+            row[:len(prompt)] = prompt
+        self.backend.write(self.model, text.reshape(-1), np.arange(len(text)) * text.shape[1], given, length,
+                           self.numbers, self.noise, temperature, stop)
+        written = [row[n:n + length] for row, n in zip(text, given)]
+        return [tokens[:(tokens == stop).argmax()] if stop in tokens else tokens for tokens in written]
+
+
+Fitness = Callable[[Members], Any]  # returns a number for each member, the more the better, or a Credit (see below)
+
+
+def shape_fitness(d: np.ndarray) -> np.ndarray:
+    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, counted in steps of 3/127."""
+    d = np.where(np.isfinite(d), d, 0)  # a pair whose fitness is no number counts as equal
+    rms = math.sqrt(math.fsum(d.astype(float) ** 2) / len(d))  # fsum rounds once, so its bits are the same everywhere
+    return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
+
+
+def learn(model: Model, backend: Any, es: ES, f: np.ndarray, credit: Credit | None = None) -> None:
+    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
+
+    Z / (||f|| sqrt(R)) has unit variance where there is no signal (||f||: norm over the pairs), so the learning rate is
+    the size of a change in int8 levels, whatever the size of f, sigma and the gradient. With credit, rows of embedding
+    and head move along its Z instead.
+    """
+    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
+    rate = es.rate(model.step) * 2**15
+    if norm:
+        others = len(model.cfg.trained) - len(model.cfg.rows) if credit else None
+        backend.update(model, f, es.seed, model.step, rate / norm, others)
+    if credit:
+        learn_rows(model, es.rank, rate, credit)
+    model.step += 1
+
+
+def es_step(model: Model, backend: Any, es: ES, fitness: Fitness) -> tuple[np.ndarray, np.ndarray]:
+    """One step of EGGROLL (algorithm 1 of the paper): changes the model.
+
+    Returns the members' scores, int32 or float32 [P], and what they come to for each pair, int8 [P/2]. A pair with a
+    score that is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each or
+    a Credit, or the backend is of another rank.
+    """
+    if backend.rank != es.rank:
+        raise UserError(f"the backend is of rank {backend.rank}, the settings of rank {es.rank}: make them alike")
+    found = fitness(Members(model, backend, (es.seed, model.step, es.sigma), np.arange(es.population)))
+    credit = found if isinstance(found, Credit) else None
+    scores = np.asarray(credit.fitness if credit else found)
+    if scores.shape != (es.population,):
+        raise UserError(f"the fitness has the shape {list(scores.shape)}: return one number for each of the "
+                        f"{es.population} members")
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores = scores if scores.dtype == np.int32 else scores.astype(F32)
+        d = scores[::2].astype(float) - scores[1::2]
+    f = shape_fitness(d)
+    learn(model, backend, es, f, credit)
+    return scores, f
+
+
+def evolve(model: Model, fitness: Fitness, es: ES, backend: Any = None,
+           report: Callable[[np.ndarray, np.ndarray], Any] = lambda scores, f: None) -> None:
+    """Train a model for anything that can be scored, from model.step to es.steps.
+
+    fitness(members) returns a number for each, the more the better. Numbers are taken as int32 or else as float32: a
+    large constant would hide small differences. report gets what `es_step` returns, after each step, and ends the run
+    by returning something true. Any model of Parameters will do where fitness scores the members itself, by `linear`
+    or with their `low_rank`; its backend is NumpyUpdate(model.cfg, es.rank). For an RWKV-7 it is found without asking.
+    """
+    backend = backend or default_backend(model.cfg, es.rank)
+    while model.step < es.steps:
+        scores, f = es_step(model, backend, es, fitness)
+        if report(scores, f):
+            break
+
+
+def toy(sentence: bytes = b"METHINKS IT IS LIKE A WEASEL") -> Model:
+    """EGGROLL alone: an int8 matrix learns to write a sentence, and is told only how many of its letters are right.
+
+    Column t of W [5, T] has the five bits of letter t: 1 where it is positive. A is 1, a space 0.
+    """
+    right, es = np.frombuffer(sentence, np.uint8) % 32, ES(steps=10, sigma=4)
+    model = empty_model(Parameters({"W": (5, len(right))}))
+
+    def write(low_rank: LowRank) -> np.ndarray:
+        bits = [linear(model, low_rank, "W", place[None]) > 0 for place in np.eye(len(right), dtype=F32)]
+        return np.stack(bits, 1) @ [1, 2, 4, 8, 16]  # [P, T]
+
+    def fitness(members: Members) -> np.ndarray:
+        return (write(members.low_rank()) == right).sum(1)
+
+    def report(scores: np.ndarray, f: np.ndarray) -> None:
+        [letters] = write({"W": []})  # of the model itself
+        print(f"step {model.step:2}: {bytes(np.where(letters, letters + 64, 32).tolist()).decode()}")
+
+    evolve(model, fitness, es, NumpyUpdate(model.cfg, es.rank), report)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RWKV-7: its shape, parameters and initial weights
+
+ROWS = "emb.weight", "head.weight"  # a row of these belongs to a token
+MLPS = "wavg"  # RWKV-7 has four small MLPs: for the decay w, in-context learning rate a, value residual v and gate g
+
+
+@dataclass(frozen=True)
+class Config(Parameters):
+    """The shape of an RWKV-7; raises UserError (a ValueError) for shapes that cannot be computed."""
+
+    dim: int = 32  # D, width of the residual stream
+    layers: int = 1  # L
+    head_size: int = 16  # N, must divide D
+    vocab: int = 256  # V
+    ffn: int = 0  # F, width of the channel mix; 0 means 4 D
+    mlp: tuple[int, ...] = (16, 16, 16, 16)  # inner widths of the small MLPs, see MLPS
+    freeze: tuple[str, ...] = ()  # names of parameters that are not trained
+
+    def __post_init__(self) -> None:
+        """Fill in ffn, and check; raises UserError."""
+        object.__setattr__(self, "ffn", self.ffn or 4 * self.dim)
+        D, N, *others = self.dim, self.head_size, self.layers, self.vocab, self.ffn, *self.mlp
+        # Sums of 65536 inputs x 127 x 255 fit the int32 accumulators, twice as many would not: some units of a CPU
+        # multiply unsigned bytes, which are weights + 128.
+        if len(self.mlp) != 4 or not 1 <= min(D, N, *others) or max(D, *others) > 2**16 or self.sizes.weights >= 2**31:
+            raise UserError(f"{self} cannot be computed: choose 1 to 65,536 of each, and less than 2^31 weights")
+        if D % N:
+            raise UserError(f"--head-size {N} does not divide --dim {D}: choose a divisor of it")
+        if not self.sizes.words or set(self.freeze) - set(self.params):
+            raise UserError("--freeze must leave something to train, and name parameters of the model")
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Official RWKV-7 name -> (out, cols)."""
+        D, F, V = self.dim, self.ffn, self.vocab
+        shapes = {"emb.weight": (V, D), "blocks.0.ln0.weight": (D, 0), "blocks.0.ln0.bias": (D, 0),
+                  "ln_out.weight": (D, 0), "ln_out.bias": (D, 0), "head.weight": (V, D)}
+        for layer in range(self.layers):
+            block: dict[str, tuple[int, int]] = {}
+            for n, size in zip(MLPS, self.mlp):
+                if n == "v" and layer == 0:  # the value residual starts at the second layer
+                    continue
+                if n != "g":  # the gate has no bias
+                    block[f"att.{n}0"] = (D, 0)
+                block |= {f"att.{n}1": (size, D), f"att.{n}2": (D, size)}  # the official files have them transposed
+            block |= {f"att.x_{n}": (D, 0) for n in "rwkvag"}  # in a row, as the kernel's token_shift takes them
+            block |= {f"att.{n}": (D, 0) for n in ("k_k", "k_a", "r_k")}
+            block |= {f"att.{n}.weight": (D, D) for n in ("receptance", "key", "value", "output")}
+            block |= {f"{n}.{p}": (D, 0) for n in ("ln1", "ln2", "att.ln_x") for p in ("weight", "bias")}
+            block |= {"ffn.x_k": (D, 0), "ffn.key.weight": (F, D), "ffn.value.weight": (D, F)}
+            shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+        return shapes
+
+    @cached_property
+    def trained(self) -> list[Param]:
+        """The parameters that are not frozen; last those of `rows`."""
+        return sorted(super().trained, key=lambda p: p.name in ROWS)
+
+    @cached_property
+    def rows(self) -> list[Param]:
+        """Those of them whose rows belong to tokens."""
+        return [p for p in self.trained if p.name in ROWS]
 
 
 def new_model(cfg: Config, seed: int) -> Model:
@@ -242,9 +510,9 @@ def new_model(cfg: Config, seed: int) -> Model:
 
     So are w1, a1, v1: decay, learning rate and value residual are at first the same for all tokens.
 
-    Matrices are N(0, 16) rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x keeps the size of x. Vectors
-    follow the official RWKV-7 formulas. The normal deviate is the sum of four bytes of the noise hash (Irwin-Hall): no
-    library's random stream is involved, so the bits are the same everywhere.
+    Matrices are normal deviates of standard deviation 16, rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x
+    keeps the size of x. Vectors follow the official RWKV-7 formulas. The deviate is the sum of four bytes of the noise
+    hash (Irwin-Hall): no library's random stream is involved, so the bits are the same everywhere.
     """
     m = empty_model(cfg)
     i = np.arange(cfg.dim) / max(cfg.dim - 1, 1)  # position of a channel, 0 to 1
@@ -274,15 +542,13 @@ def new_model(cfg: Config, seed: int) -> Model:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic that gives the same bits everywhere: every operation below is one IEEE-754 float32 operation (no fused
-# multiply-add), in a stated order. The kernel repeats these functions line by line.
+# RWKV-7: arithmetic that gives the same bits everywhere. Every operation below is one IEEE-754 float32 operation (no
+# fused multiply-add), in a stated order. The kernel repeats these functions line by line.
 
 LOG2E = F32(1.4426950408889634)
 EXP2 = [F32(math.log(2) ** n / math.factorial(n)) for n in range(7)]  # Taylor: 2^f, |f| <= 1/2, relative error 2e-7
 LOG2 = [F32(2 / math.log(2) / n) for n in (1, 3, 5, 7)]  # log2 m = 2/ln 2 (s + s^3/3 + s^5/5 + ...), s = (m-1)/(m+1)
 MAGIC = F32(1.5 * 2**23)  # adding and subtracting it rounds to the nearest integer, ties to even
-BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
-MAX_BITS = F32(63)  # a token costs at most this much
 
 
 def ordered_sum(x: np.ndarray) -> np.ndarray:
@@ -333,33 +599,8 @@ def normalise(x: np.ndarray, w: np.ndarray, b: np.ndarray, eps: float) -> np.nda
     return x * (F32(1) / np.sqrt(var + F32(eps)))[..., None] * w + b
 
 
-def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Absmax quantisation of the last axis: float32 [..., n] -> integers in +-127, float32 [..., n]; scale [..., 1]."""
-    top = np.maximum(np.abs(x).max(-1, keepdims=True), F32(1e-30))  # if all are zero, any scale but zero will do
-    return np.rint(x * (F32(127) / top)), top * F32(1 / 127)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# One token of the population: RWKV-7 as in its paper (arXiv 2503.14456), an RNN. An array's first axis is the member.
-
-LowRank = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # name -> (c A [P, out], B [P, cols]) of each rank
-
-
-def draw(cfg: Config, rank: int, member: np.ndarray, seed: int, step: int, sigma: float) -> LowRank:
-    """What makes members [P] out of one model: pair i's c A B^T is added in member 2i and subtracted in 2i+1.
-
-    c = sigma / sqrt(R), so that the sum of R products of +-1 has the size sigma, in int8 steps. Float32; nothing where
-    sigma is 0 or a parameter is frozen.
-    """
-    keys = pair_keys(seed, step, member // 2)
-    c = np.where(member % 2, -1, 1).astype(F32)[:, None] * F32(sigma / math.sqrt(rank))
-    low_rank: LowRank = {name: [] for name in cfg.params}
-    for name, p in cfg.params.items():
-        if sigma and p.word >= 0:
-            A, B = factors(cfg, p, keys, rank)
-            low_rank[name] = [(c * A[:, k].astype(F32), B[:, k].astype(F32)) for k in range(rank)]
-    return low_rank
-
+# RWKV-7: one token of the population, as in its paper (arXiv 2503.14456), an RNN. An array's first axis is the member.
 
 def vector(model: Model, low_rank: LowRank, name: str) -> np.ndarray:
     """A vector parameter of each member, float32 [P, D], or [1, D] where all have the same."""
@@ -367,17 +608,6 @@ def vector(model: Model, low_rank: LowRank, name: str) -> np.ndarray:
     for cA, _ in low_rank[name]:
         q = q + cA
     return q * model.scales(name)
-
-
-def linear(model: Model, low_rank: LowRank, name: str, x: np.ndarray) -> np.ndarray:
-    """x (W + c A B^T)^T = x W^T + c (x B) A^T, [P, cols] -> [P, out]: a product for all, R dot products for each."""
-    q, x_scale = quantise(x)
-    # Sums of integers are exact in any order while they fit the mantissa, so a fast float product may do them.
-    exact = F32 if x.shape[-1] * 127 * 127 < 2**24 else np.float64
-    y = (q.astype(exact) @ model.weight(name).T.astype(exact)).astype(F32)
-    for cA, B in low_rank[name]:
-        y = y + (q * B).sum(1, keepdims=True) * cA
-    return y * model.scales(name) * x_scale
 
 
 def embedding(model: Model, low_rank: LowRank, token: np.ndarray) -> np.ndarray:
@@ -393,14 +623,14 @@ def zero_state(cfg: Config, members: int) -> np.ndarray:
     return np.zeros((members, cfg.layers, 2 + cfg.head_size, cfg.dim), F32)
 
 
-def step(model: Model, low_rank: LowRank, token: np.ndarray, state: np.ndarray) -> np.ndarray:
+def forward(model: Model, low_rank: LowRank, token: np.ndarray, state: np.ndarray) -> np.ndarray:
     """Next-token logits: token [P] -> float32 [P, V]; state (see `zero_state`) is updated in place."""
     def layer_norm(name: str, x: np.ndarray) -> np.ndarray:
         w, b = (vector(model, low_rank, f"{name}.{part}") for part in ("weight", "bias"))
         return normalise(x, w, b, 1e-5)
 
     x = layer_norm("blocks.0.ln0", embedding(model, low_rank, token.astype(np.int64)))
-    v_first = None  # the first layer's value, to which the others are drawn
+    v_first = None  # the first layer's value, which the others mix with their own
     for i in range(model.cfg.layers):
         y, v_first = time_mix(model, low_rank, i, layer_norm(f"blocks.{i}.ln1", x), state[:, i], v_first)
         x = x + y
@@ -448,7 +678,8 @@ def time_mix(model: Model, low_rank: LowRank, layer: int, x: np.ndarray, state: 
     r, w, k, v_, b = heads(r), heads(w), heads(k), heads(v), kk * heads(a)
     S = state[:, 2:].reshape(len(x), -1, model.cfg.head_size, model.cfg.head_size)
     column, row = np.s_[..., None], np.s_[..., None, :]
-    S[:] = S * w[row] + -ordered_sum(S * kk[row])[column] * b[row] + v_[column] * k[row]
+    Skk = ordered_sum(S * kk[row])
+    S[:] = S * w[row] - Skk[column] * b[row] + v_[column] * k[row]
     y = ordered_sum(S * r[row])
     y = normalise(y, heads(vec("ln_x.weight")), heads(vec("ln_x.bias")), 64e-5)
     y = y + ordered_sum(r * k * heads(vec("r_k")))[column] * v_  # the bonus of the current token
@@ -464,6 +695,14 @@ def channel_mix(model: Model, low_rank: LowRank, layer: int, x: np.ndarray, stat
     return linear(model, low_rank, f"{n}.value.weight", k * k)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Its text: what a token costs, and which one comes next
+
+BITS = 4096  # a loss is counted in 1/4096 bit; integers add up the same in any order
+MAX_BITS = F32(63)  # a token costs at most this much
+LONGEST = 8192  # tokens of a text, or of a prompt and its answer; int32 holds what they can cost
+
+
 def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Cross-entropy in units of 1/4096 bit: logits [..., V], target [...] -> int32 [...]."""
     logits = (logits - logits.max(-1, keepdims=True)) * LOG2E
@@ -471,7 +710,7 @@ def loss(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.rint(np.fmin(bits, MAX_BITS) * F32(BITS)).astype(np.int32)
 
 
-def heat_of(temperature: float) -> np.float32:
+def beta_of(temperature: float) -> np.float32:
     """log2(e) / temperature; 0, which is for the likeliest token, where that would be too large for a float32."""
     return LOG2E / F32(temperature) if temperature > 1e-6 else F32(0)
 
@@ -482,10 +721,10 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
     Gumbel-max: the largest of logit / temperature + Gumbel noise is such a draw. The noise is -log2(-log2 u) of uniform
     u from words `word`, ... of the members' streams; a pair shares it, so its members differ by their weights alone.
     """
-    if heat := heat_of(temperature):
+    if beta := beta_of(temperature):
         h = noise_words(keys, word + np.arange(logits.shape[1]))
         u = ((h >> np.uint32(9)).astype(F32) + F32(0.5)) * F32(2**-23)
-        logits = logits * heat - log2(-log2(u))
+        logits = logits * beta - log2(-log2(u))
     return logits.argmax(1)
 
 
@@ -493,8 +732,9 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 # Who answers for what: an addition of this project. In the paper each weight takes the whole fitness of a pair. But
 # noise in row v of the embedding changes no cost before v is read, and noise in row v of the head hardly any where v
 # neither comes next nor is likely. There the two members differ because of other weights' noise, whose signs have
-# nothing to do with the row's: on average that moves the row nowhere, but it adds variance, and as all moves are scaled
-# to one size, less of each is learning. So the credit F_i[v] of row v is how much less the first member of pair i pays
+# nothing to do with the row's: on average that moves the row nowhere, but it adds variance, and as all changes are
+# scaled to one size, less of each is learning. So the credit F_i[v] of row v is how much less the first member of pair
+# i pays
 #     embedding: for the token right after v was read, plus half of that for the next one, a quarter, an eighth
 #     head: for the tokens that are v, or for which v has a probability of 1/32 or more (else rows only ever go up)
 # and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v] over the pairs. All other weights move as
@@ -508,7 +748,7 @@ MOST = 127 * 256 + 127  # the largest credit, 8 bits in units of 1/4096; the ker
 class Credit(NamedTuple):
     """A fitness in which rows of embedding and head answer for their own tokens.
 
-    All are sums over pairs, in integers, so parts of a population may be played anywhere and added up.
+    All are sums over pairs, in integers, so parts of a population may be scored anywhere and added up.
     """
 
     fitness: np.ndarray  # [P], for all other weights
@@ -534,108 +774,88 @@ def answer_for(F: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target
     F[1] += ((answers[::2].astype(np.int32) + answers[1::2]) * d[:, None]).T  # of both members
 
 
+def learn_rows(model: Model, rank: int, rate: float, credit: Credit) -> None:
+    """Rows of embedding and head move by rate (in 2^-15 int8 levels) along Z, each divided by its own norm."""
+    for p in model.cfg.rows:
+        i, at = ROWS.index(p.name), slice(p.at, p.at + p.size)
+        norms = np.sqrt(rank * np.maximum(credit.square[i], 1))  # a row without credit stays where it is
+        feed_back(model.q[at], model.residual[at], (credit.Z[i] * (rate / norms)[:, None]).ravel())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The population and the update, in numpy. Part 2 has the same two methods as a kernel.
+# A population that reads and writes. Part 2 has the same methods as a kernel.
 
-def feed_back(q: np.ndarray, residual: np.ndarray, move: np.ndarray) -> None:
-    """Error feedback: weights q take the whole int8 steps of a move, residuals keep the rest, at most half a step.
-
-    q int8 [n], residual int16 [n], both changed; move: float [n], in 2^-15 int8 steps, clipped to +-64 steps. What
-    would take a weight beyond +-127 is lost.
-    """
-    total = residual + np.rint(np.clip(move, F32(-(2**21)), F32(2**21))).astype(np.int32)
-    whole = (total + 2**14) >> 15  # the nearest whole number
-    residual[:] = total - (whole << 15)
-    q[:] = np.clip(q + whole, -127, 127)
-
-
-LONGEST = 8192  # tokens of a text, or of a prompt and its answer; int32 holds what they can cost
-
-
-def check_runs(cfg: Config, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray) -> None:
-    """Raises UserError where `play` would go wrong, or read what is not there; arguments as there."""
+def check_runs(cfg: Config, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray, given: Any = 1) -> None:
+    """Raises UserError where `score` or `write` would read what is not there; arguments as there."""
     if (text.dtype != np.uint16 or not text.flags.c_contiguous or text.max(initial=0) >= cfg.vocab or T > LONGEST
-            or start.shape != member.shape or (start < 0).any() or (start + T >= len(text)).any()):
-        raise UserError("a member's text does not lie in the text, or is too long, or has tokens unlike the model")
+            or start.shape != member.shape or (start < 0).any() or (start + T >= len(text)).any() or np.min(given) < 1):
+        raise UserError(f"a text is empty, over {LONGEST} tokens long, beyond its array, or unknown to the model")
 
 
-class NumpyBackend:
-    """The reference: what the kernels of part 2 must equal, bit by bit."""
+class NumpyBackend(NumpyUpdate):
+    """The reference: what the kernels of part 2 must equal, bit by bit.
 
-    name, zeros = "numpy", staticmethod(np.zeros)
+    Run i is member[i] (int64 [n]) with text[start[i]:] (uint16 tokens; int64 [n]); any member may have any number of
+    runs. noise: (seed, step, sigma), sigma 0 for the model itself.
+    """
 
-    def __init__(self, cfg: Config, rank: int) -> None:
-        """cfg: of the models to run; rank: of their perturbations."""
-        self.cfg, self.rank = cfg, rank
+    zeros = staticmethod(np.zeros)
 
-    def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
-             noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
-             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None,
-             credit: np.ndarray | None = None) -> np.ndarray:
-        """Cost of predicting T tokens in each of n runs, in 1/4096 bit: int32 [n].
+    def parts(self, runs: int) -> list[slice]:
+        """Runs that fit the memory at once; pairs stay together."""
+        return pieces(runs, 2 * max(1, min(128, 2**24 // zero_state(self.cfg, 1).size)))
 
-        Run i is member[i] (int64 [n]) reading text[start[i]:] (uint16 tokens; int64 [n]): it must predict what follows
-        each of T tokens. Any member may have any number of runs. noise: (seed, step, sigma), sigma 0 for the model
-        itself. With given (int32 [n], at least 1) only so many tokens are there, and the run writes what follows into
-        text, see `choose`: up to `length` tokens or the token `stop` (-1: none), and then it is done. state (see
-        `zero_state`) is carried on when given, logits (float32 [n, T, V]) filled, both while a run is not done. credit
-        (int16 [2, V, n/2], without `given`) gets the credits of rows, see `answer_for`, where runs 2i and 2i + 1 are of
-        a pair and read the same.
+    def score(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+              noise: tuple[int, int, float], state: np.ndarray | None = None, logits: np.ndarray | None = None,
+              credit: np.ndarray | None = None) -> np.ndarray:
+        """Cost of predicting what follows each of T tokens, in 1/4096 bit: int32 [n].
+
+        If given, state (see `zero_state`) is carried on, logits (float32 [n, T, V]) are filled, and credit (int16 [2,
+        V, n/2]) gets the credits of rows, see `answer_for`; runs 2i and 2i + 1 are then a pair and read the same.
         """
-        cfg, cost = self.cfg, np.zeros(len(start), np.int32)
-        check_runs(cfg, text, start, T, member)
-        state = zero_state(cfg, len(start)) if state is None else state
-        given = np.full(len(start), T + 1, np.int32) if given is None else given
-        some = 2 * max(1, min(128, 2**24 // zero_state(cfg, 1).size))  # runs at a time, so that memory is bounded
-        for part in (slice(i, i + some) for i in range(0, len(start), some)):
-            at, done = start[part], np.zeros(len(start[part]), bool)
-            low_rank, keys = draw(cfg, self.rank, member[part], *noise), pair_keys(*noise[:2], member[part] // 2)
-            total = np.zeros((2, cfg.vocab, len(at) // 2), np.int32)
+        check_runs(self.cfg, text, start, T, member)
+        cost, state = np.zeros(len(start), np.int32), zero_state(self.cfg, len(start)) if state is None else state
+        for part in self.parts(len(start)):
+            at, low_rank = start[part], perturb(self.cfg, self.rank, member[part], *noise)
+            F = None if credit is None else np.zeros((2, self.cfg.vocab, len(at) // 2), np.int32)
             for t in range(T):
-                z = step(model, low_rank, text[at + t], state[part])
-                own = ~done & (given[part] <= t + 1)  # the runs that write this token
-                if own.any():
-                    word = self.rank * cfg.sizes.words + t * cfg.vocab  # beyond the noise of the weights
-                    text[at[own] + t + 1] = choose(z, keys, word, temperature)[own]
-                following = text[at + t + 1]
-                bits = loss(z, following)
-                cost[part] += np.where(done, 0, bits)
-                if credit is not None:
-                    read = [text[at[::2] + t - k] for k in range(min(AHEAD, t + 1))]
-                    answer_for(total, z, read, following.astype(np.int64), bits)
+                z = forward(model, low_rank, text[at + t], state[part])
+                target = text[at + t + 1].astype(np.int64)
+                bits = loss(z, target)
+                cost[part] += bits
                 if logits is not None:
                     logits[part, t] = z
-                done |= own & ((following == stop) | (t + 2 >= given[part] + length))
-                if done.all():
-                    break
-            if credit is not None:
-                credit[:, :, part.start // 2:part.start // 2 + len(at) // 2] = np.clip(total, -MOST, MOST)
+                if F is not None:
+                    answer_for(F, z, [text[at[::2] + t - k] for k in range(min(AHEAD, t + 1))], target, bits)
+            if F is not None:
+                credit[:, :, part.start // 2:part.stop // 2] = np.clip(F, -MOST, MOST)
         return cost
 
-    def outer(self, p: Param, f: np.ndarray, keys: Keys) -> np.ndarray:
-        """sum_i f_i A_i B_i^T of a parameter, int32 [out, cols]; f: int8 [n] or, one for each row, int16 [n, out]."""
-        Z = np.zeros((p.out, max(p.cols, 1)), np.int32)
-        some = 256 // self.rank  # pairs at a time, for memory; sums below 2^24 are exact in a float32 product
-        for part in (slice(i, i + some) for i in range(0, len(f), some)):
-            A, B = factors(self.cfg, p, (keys[0][part], keys[1][part]), self.rank)
-            fA = f[part].reshape(len(A), 1, -1) * A.astype(F32)
-            Z += (fA.reshape(-1, p.out).T @ B.astype(F32).reshape(-1, Z.shape[1])).astype(np.int32)
-        return Z
+    def write(self, model: Model, text: np.ndarray, start: np.ndarray, given: np.ndarray, length: int,
+              member: np.ndarray, noise: tuple[int, int, float], temperature: float = 0.0, stop: int = -1) -> None:
+        """Each run writes into `text` what follows its first given[i] tokens (int32 [n], 1 or more), see `choose`.
 
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: slice | None = None) -> None:
-        """Z = sum_i f_i A_i B_i^T for f int8 [P/2], then weights and residuals move by gain Z (in 2^-15 int8 steps).
-
-        f: -127 to 127; units: which of `cfg.trained` are moved, by default all.
+        It is done after `length` tokens, or with the token `stop` (-1: none). There must be room for the longest.
         """
-        keys = pair_keys(seed, step, np.arange(len(f)))
-        for p in self.cfg.trained[units or slice(None)]:
-            at = slice(p.at, p.at + p.size)
-            feed_back(model.q[at], model.residual[at], self.outer(p, f, keys).astype(F32).ravel() * F32(gain))
+        T = int(given.max()) + length - 1
+        check_runs(self.cfg, text, start, T, member, given)
+        for part in self.parts(len(start)):
+            at, low_rank = start[part], perturb(self.cfg, self.rank, member[part], *noise)
+            keys, state = pair_keys(*noise[:2], member[part] // 2), zero_state(self.cfg, len(at))
+            done = np.zeros(len(at), bool)
+            for t in range(T):
+                z = forward(model, low_rank, text[at + t], state)
+                own = ~done & (given[part] <= t + 1)  # the runs that write this token
+                if own.any():
+                    word = self.rank * self.cfg.sizes.words + t * self.cfg.vocab  # beyond the noise of the weights
+                    text[at[own] + t + 1] = choose(z, keys, word, temperature)[own]
+                done |= own & ((text[at + t + 1] == stop) | (t + 2 >= given[part] + length))
+                if done.all():
+                    break
 
     def sum_rows(self, F: np.ndarray, pair: np.ndarray, seed: int, step: int, Z: np.ndarray,
                  square: np.ndarray) -> None:
-        """Z += sum_i F_i[v] A_i[v] B_i and square += sum_i F_i[v]^2, for credits F of n pairs (see `Credit`, `play`).
+        """Z += sum_i F_i[v] A_i[v] B_i and square += sum_i F_i[v]^2, for credits F of n pairs (see `Credit`, `score`).
 
         F int16 [2, V, n], at most 2^16 / R pairs, so that sums fit int32; pair int64 [n]; Z int64 [2, V, D], square
         int64 [2, V].
@@ -646,47 +866,23 @@ class NumpyBackend:
             square[i] += (F[i].astype(np.int64) ** 2).sum(1)
 
 
-Backend = Any  # NumpyBackend, or one of part 2 with the same methods
-default_backend: Callable[[Config, int], Backend] = NumpyBackend  # part 2 puts the fastest one here
+default_backend: Callable[[Config, int], Any] = NumpyBackend  # part 2 puts the fastest one here
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The evolution strategy
-
-LIMITS = {  # least and most; an update's sums of 127 x pairs x rank, and a cost of T times 63 bits, must fit int32
-    "population": (2, 2**21), "rank": (1, 8), "tokens": (1, 4096), "steps": (1, 2**31), "sigma": (1e-6, 127),
-    "lr": (0, 127), "drift": (0, 1e6), "seed": (0, 2**32 - 1)}
-
-
-@dataclass(frozen=True)
-class ES:
-    """The settings of a run; raises UserError where they are beyond LIMITS."""
-
-    population: int = 1024  # P, an even number of members
-    rank: int = 1  # R, of the perturbations, 1 to 8
-    tokens: int = 128  # T, length of the text that each member reads in a step
-    steps: int = 1200  # updates
-    sigma: float = 1.0  # size of the perturbations, in int8 steps
-    lr: float = 0.0  # learning rate, in int8 steps (drift sqrt(3 / steps), at most 1.5)
-    drift: float = 16.0  # how far a weight that sees only noise gets in a run, in int8 steps
-    seed: int = 0  # of weights, noise, sampling and order of the data
-
-    def __post_init__(self) -> None:
-        """Check."""
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self, name, least)
-            if not least <= value <= most:
-                raise UserError(f"--{name.replace('_', '-')} {value} is out of range: choose {least} to {most}")
-        if self.population % 2:
-            raise UserError(f"--population {self.population} is odd: members come in pairs, so choose an even number")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: lr, falling linearly to 0.
-
-        A weight that sees only noise moves by a normal deviate of this size (in int8 steps), so it ends about
-        lr sqrt(steps / 3) from its start, which is `drift` where no lr is given.
-        """
-        return (self.lr or min(1.5, self.drift * math.sqrt(3 / self.steps))) * max(0, 1 - step / self.steps)
+def credit_of(members: Members, text: np.ndarray, start: np.ndarray, tokens: int) -> Credit:
+    """`Members.cost` as a fitness in which rows answer for their own tokens. T is at most 4096; raises UserError."""
+    model, backend, noise, numbers = members
+    text, start, even = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64), numbers[::2]
+    if ((even % 2).any() or not np.array_equal(numbers[1::2], even + 1) or not np.array_equal(start[1::2], start[::2])
+            or tokens > 4096):
+        raise UserError("rows cannot answer for their tokens: give both members of a pair the same 1 to 4,096")
+    V, D = model.cfg.vocab, model.cfg.dim
+    found = Credit(np.zeros(len(start), np.int32), np.zeros((2, V, D), np.int64), np.zeros((2, V), np.int64))
+    for part in pieces(len(start), 2 * max(1, min(2**16 // backend.rank, 2**23 // V))):  # for 32 MB of credits
+        F = backend.zeros((2, V, len(start[part]) // 2), np.int16)
+        found.fitness[part] -= backend.score(model, text, start[part], tokens, numbers[part], noise, credit=F)
+        backend.sum_rows(F, numbers[part][::2] // 2, *noise[:2], found.Z, found.square)
+    return found
 
 
 def data_words(seed: int, step: int, pairs: np.ndarray) -> np.ndarray:
@@ -700,129 +896,8 @@ def segments(text: np.ndarray, tokens: int, seed: int, step: int, pairs: np.ndar
     return (h * np.uint64(len(text) - tokens) >> np.uint64(32)).astype(np.int64)
 
 
-def shape_fitness(d: np.ndarray) -> np.ndarray:
-    """Differences within pairs, [n] -> fitness, int8 [n]: d / RMS(d), clipped to +-3, counted in steps of 3/127."""
-    d = np.where(np.isfinite(d), d, 0)  # a pair whose fitness is no number counts as equal
-    rms = math.sqrt(math.fsum(d.astype(float) ** 2) / len(d))  # fsum rounds once, so its bits are the same everywhere
-    return np.clip(np.rint(d * (127 / 3 / rms)), -127, 127).astype(np.int8) if rms else np.zeros(len(d), np.int8)
-
-
-class Members(NamedTuple):
-    """The population of a step, as a fitness function meets it: P perturbed copies of a model, never written out.
-
-    Members 2i and 2i + 1 are a pair, of which one is to be found better, so give both the same to do.
-    """
-
-    model: Model
-    backend: Backend
-    noise: tuple[int, int, float]  # seed, step, sigma
-    numbers: np.ndarray  # int64 [P], which members of the population these are
-
-    def cost(self, text: np.ndarray, start: np.ndarray, tokens: int) -> np.ndarray:
-        """Bits/4096 that it costs member m to predict T tokens after text[start[m]] (uint16), int32 [P]."""
-        text, start = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64)
-        return self.backend.play(self.model, text, start, tokens, self.numbers, self.noise)
-
-    def credit(self, text: np.ndarray, start: np.ndarray, tokens: int) -> Credit:
-        """The same as a fitness in which rows answer for their own tokens, for pairs who read the same; T at most 4096.
-
-        Raises UserError.
-        """
-        text, start, cfg = np.ascontiguousarray(text, np.uint16), np.asarray(start, np.int64), self.model.cfg
-        even, odd = self.numbers[::2], self.numbers[1::2]
-        if ((even % 2).any() or not np.array_equal(odd, even + 1) or not np.array_equal(start[1::2], start[::2])
-                or tokens > 4096):
-            raise UserError("rows cannot answer for their tokens: give both members of a pair the same 1 to 4,096")
-        cost = np.zeros(len(start), np.int32)
-        Z, square = np.zeros((2, cfg.vocab, cfg.dim), np.int64), np.zeros((2, cfg.vocab), np.int64)
-        some = 2 * max(1, min(2**16 // self.backend.rank, 2**23 // cfg.vocab))  # at a time, for 32 MB of credits
-        for part in (slice(i, i + some) for i in range(0, len(start), some)):
-            F = self.backend.zeros((2, cfg.vocab, len(start[part]) // 2), np.int16)
-            cost[part] = self.backend.play(self.model, text, start[part], tokens, self.numbers[part], self.noise,
-                                           credit=F)
-            self.backend.sum_rows(F, self.numbers[part][::2] // 2, *self.noise[:2], Z, square)
-        return Credit(-cost, Z, square)
-
-    def answer(self, prompts: Sequence[Sequence[int]], length: int, stop: int = -1,
-               temperature: float = 0.0) -> list[np.ndarray]:
-        """What each member writes after its prompt: at most `length` tokens, and none from the token `stop` on.
-
-        prompts: P lists of one token or more. Temperature 0 takes the likeliest token. Raises UserError.
-        """
-        given = np.array([len(p) for p in prompts], np.int32)
-        text = np.zeros((len(given), given.max() + length), np.int64)
-        for row, prompt in zip(text, prompts):
-            row[:len(prompt)] = prompt
-        if not given.all() or text.shape[1] > LONGEST or not 0 <= text.min() <= text.max() < self.model.cfg.vocab:
-            raise UserError(f"a prompt has no token, or over {LONGEST} with its answer, or one that the model has not")
-        text = text.astype(np.uint16)
-        self.backend.play(self.model, text.reshape(-1), np.arange(len(text)) * text.shape[1], text.shape[1] - 1,
-                          self.numbers, self.noise, given, length, temperature, stop)
-        written = [row[n:n + length] for row, n in zip(text, given)]
-        return [tokens[:(tokens == stop).argmax()] if stop in tokens else tokens for tokens in written]
-
-
-Fitness = Callable[[Members], Any]  # returns a number for each member, the more the better, or a Credit
-
-
-def move(model: Model, backend: Backend, es: ES, f: np.ndarray, credit: Credit | None = None) -> None:
-    """The second half of a step: the model moves along Z = sum_i f_i A_i B_i^T, f int8 [P/2].
-
-    Z / (||f|| sqrt(R)) has unit variance where there is no signal (||f||: norm over the pairs), so the learning rate is
-    the size of a move in int8 steps, whatever the size of f, sigma and the gradient. With credit, rows of embedding and
-    head move along credit.Z instead, each divided by its own norm; one without credit stays where it is.
-    """
-    rate, rows = es.rate(model.step) * 2**15, model.cfg.rows if credit else []
-    norm = math.sqrt(es.rank * int((f.astype(np.int64) ** 2).sum()))
-    if norm:
-        others = slice(0, len(model.cfg.trained) - len(rows))
-        backend.update(model, f, es.seed, model.step, rate / norm, others)
-    for p in rows:
-        i, at = ROWS.index(p.name), slice(p.at, p.at + p.size)
-        norms = np.sqrt(es.rank * np.maximum(credit.square[i], 1))
-        feed_back(model.q[at], model.residual[at], (credit.Z[i] * (rate / norms)[:, None]).ravel())
-    model.step += 1
-
-
-def es_step(model: Model, backend: Backend, es: ES, fitness: Fitness) -> tuple[np.ndarray, np.ndarray]:
-    """One step of EGGROLL (algorithm 1 of the paper): changes the model.
-
-    Returns the members' fitness, int32 or float32 [P], and what it comes to for each pair, int8 [P/2]. A pair whose
-    fitness is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each or a
-    Credit, or the backend is of another rank.
-    """
-    if backend.rank != es.rank:
-        raise UserError(f"the backend is of rank {backend.rank}, the settings of rank {es.rank}: make them alike")
-    found = fitness(Members(model, backend, (es.seed, model.step, es.sigma), np.arange(es.population)))
-    credit = found if isinstance(found, Credit) else None
-    found = np.asarray(credit.fitness if credit else found)
-    if found.shape != (es.population,):
-        raise UserError(f"the fitness has the shape {list(found.shape)}: return one number for each of the "
-                        f"{es.population} members")
-    with np.errstate(invalid="ignore", over="ignore"):
-        found = found if found.dtype == np.int32 else found.astype(F32)
-        d = found[::2].astype(float) - found[1::2]
-    f = shape_fitness(d)
-    move(model, backend, es, f, credit)
-    return found, f
-
-
-def evolve(model: Model, fitness: Fitness, es: ES, backend: Backend | None = None,
-           report: Callable[[np.ndarray, np.ndarray], Any] = lambda found, f: None) -> None:
-    """Train a model for anything that can be scored, from model.step to es.steps.
-
-    fitness(members) returns a number for each, the more the better, or a Credit. Numbers are taken as int32 or else as
-    float32: a large constant would hide small differences. report gets what `es_step` returns, after each step, and
-    ends the run by returning something true. Where fitness scores the members itself, with `draw`, any model with q,
-    residual, step and a cfg with trained and sizes.words will do, and a NumpyBackend.
-    """
-    backend = backend or default_backend(model.cfg, es.rank)
-    while model.step < es.steps and not report(*es_step(model, backend, es, fitness)):
-        pass
-
-
 def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Fitness:
-    """The fitness of a language model: each pair draws its own T tokens of a text (uint16) and predicts them.
+    """The fitness of a language model: each pair takes T tokens of a text (uint16) at random and predicts them.
 
     rows: those of embedding and head answer for their own tokens, see `Credit`; else this is EGGROLL as in the paper.
     """
@@ -830,10 +905,9 @@ def predict(text: np.ndarray, tokens: int, rows: bool = True) -> Fitness:
         raise UserError(f"a text of {len(text)} tokens is too short to predict {tokens}: use a longer one")
 
     def fitness(members: Members) -> np.ndarray | Credit:
-        seed, step, _ = members.noise
-        start = segments(text, tokens, seed, step, members.numbers // 2)
+        start = segments(text, tokens, *members.noise[:2], members.numbers // 2)
         if rows and members.model.cfg.rows:  # not of World models, where both are frozen
-            return members.credit(text, start, tokens)
+            return credit_of(members, text, start, tokens)
         return -members.cost(text, start, tokens)
     return fitness
 
@@ -847,6 +921,7 @@ import ctypes
 import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -1302,18 +1377,18 @@ FUNCTION void recurrence(Batch *s, int n, fs *state) {
     const int d = e * D + i * VALUES, head = d / N * N;
     const fs *r = s->r + head, *w = s->w + head, *k = s->k + head, *kk = s->kk + head, *b = s->b + head;
     fs *S = state + i * VALUES * N;
-    vf Skk[VALUES][8], y[VALUES][8], sa[VALUES], v[VALUES];
-    VALUE(o) UNROLL for (int l = 0; l < 8; l++) Skk[o][l] = y[o][l] = splat(0.0f);
+    vf sum[VALUES][8], y[VALUES][8], Skk[VALUES], v[VALUES];
+    VALUE(o) UNROLL for (int l = 0; l < 8; l++) sum[o][l] = y[o][l] = splat(0.0f);
     KEYS(j) {
       const vf kk_j = kk[j];                      // read once, which a compiler cannot know
-      VALUE(o) Skk[o][l] = Skk[o][l] + S[o * N + j] * kk_j;
+      VALUE(o) sum[o][l] = sum[o][l] + S[o * N + j] * kk_j;
     }
-    VALUE(o) sa[o] = -FOLD(vadd, Skk[o]);
+    VALUE(o) Skk[o] = FOLD(vadd, sum[o]);
     VALUE(o) v[o] = s->v[d + o];
     KEYS(j) {
       const vf w_j = w[j], b_j = b[j], k_j = k[j], r_j = r[j];
       VALUE(o) {
-        const vf z = S[o * N + j] * w_j + sa[o] * b_j + v[o] * k_j;
+        const vf z = S[o * N + j] * w_j - Skk[o] * b_j + v[o] * k_j;
         S[o * N + j] = z;
         y[o][l] = y[o][l] + z * r_j;
       }
@@ -1424,16 +1499,16 @@ FUNCTION vi loss(Call *m, const fs *z, vi next) {
   return AS_I(PICK(bits < most, bits, most) * 4096.0f + MAGIC) - AS_I(splat(MAGIC));
 }
 
-// The token that each lane goes on with after token number `at`; heat: log2(e) / temperature, or 0.
-INLINE vf gumbel(Call *m, const fs *z, float heat, int at, int v) {
-  if (heat == 0) return z[v];
+// The token that each lane goes on with after token number `at`; beta: log2(e) / temperature, or 0.
+INLINE vf gumbel(Call *m, const fs *z, float beta, int at, int v) {
+  if (beta == 0) return z[v];
   const vf u = (I2F((vi)(noise_words(m, R * WORDS + at * VOCAB + v) >> 9)) + 0.5f) * (1.0f / 8388608);
-  return z[v] * heat - log2_(-log2_(u));
+  return z[v] * beta - log2_(-log2_(u));
 }
-FUNCTION vi choose(Call *m, const fs *z, float heat, int at) {
-  const vf best = TOP_ALL(v, VOCAB, -3e38f, gumbel(m, z, heat, at, v));
+FUNCTION vi choose(Call *m, const fs *z, float beta, int at) {
+  const vf best = TOP_ALL(v, VOCAB, -3e38f, gumbel(m, z, beta, at, v));
   const vf first = TOP_ALL(v, VOCAB, -65536.0f,   // of equals the first, and so it is where all are NaN
-                           PICK(gumbel(m, z, heat, at, v) < best, splat(-65536.0f), splat(-1.0f * v)));
+                           PICK(gumbel(m, z, beta, at, v) < best, splat(-65536.0f), splat(-1.0f * v)));
   return AS_I(MAGIC - first) - AS_I(splat(MAGIC));
 }
 
@@ -1453,10 +1528,11 @@ FUNCTION void answer_for(Call *m, int n, const vi *next, const vi *cost, const v
   }
 }
 
-// NumpyBackend.play, of the same arguments; c: sigma / sqrt(R); LANES runs at a time are a batch
+// NumpyBackend.score (without `given`) and write (without `cost`), of the same arguments; c: sigma / sqrt(R)
+// LANES runs at a time are a batch
 KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned short *text, const i64 *start, int T,
             int runs, const i64 *member, u32 seed, u32 step, float c, int *cost, float *state, float *logits,
-            const int *given, int length, float heat, int stop, short *credit, int first, int last, void *scratch) {
+            const int *given, int length, float beta, int stop, short *credit, int first, int last, void *scratch) {
   #define STATE ((i64)L * (2 + N) * D)            // floats of a member's state
   Batch *s = SLOT(Batch);
   fs *S = s->state[0];
@@ -1471,14 +1547,14 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
       AT(done, l) = i < runs ? 0 : -1;
       AT(run, l) = i < runs ? i : runs - 1;
       AT(at, l) = start[AT(run, l)];
-      AT(have, l) = given[AT(run, l)];
+      AT(have, l) = given ? given[AT(run, l)] : T + 1;
       const i64 number = member[AT(run, l)];
       ONCE AT(s->k0, l) = key0(seed, step, number / 2);
       ONCE AT(s->k1, l) = key1(seed, step, number / 2);
       ONCE AT(s->c, l) = number % 2 ? -c : c;
       EACH(i, STATE) AT(S[i], l) = state ? state[AT(run, l) * STATE + i] : 0;
     }
-    for (int i = batch * LANES; i < (batch + 1) * LANES && i < runs; i++) if (given[i] < ready) ready = given[i];
+    if (given) for (int i = batch * LANES; i < (batch + 1) * LANES && i < runs; i++) ready = least(ready, given[i]);
     SYNC;
     if (m->noisy) EACH(w, R * WORDS) s->words[w] = noise_words(m, w);
     SYNC;
@@ -1511,17 +1587,17 @@ KERNEL play(const i8 *weights, const i8 *packed, const float *scale, unsigned sh
           const int t = t0 + i + e;
           const fs *z = s->logits + e * VOCAB;
           next[e] = isplat(0);
-          if (t + 1 >= ready) next[e] = choose(m, z, heat, t);
+          if (t + 1 >= ready) next[e] = choose(m, z, beta, t);
           FOR_LANE(l) if (!AT(done, l)) {
             unsigned short *following = text + AT(at, l) + t + 1;
             if (AT(have, l) > t + 1) AT(next[e], l) = *following;
             else ONCE *following = AT(next[e], l);
           }
-          bits[e] = loss(m, z, next[e]);
+          if (cost) bits[e] = loss(m, z, next[e]);
           if (logits) FOR_LANE(l) EACH(v, VOCAB) if (batch * LANES + l < runs)
             logits[((i64)AT(run, l) * T + t) * VOCAB + v] = AT(z[v], l);
           FOR_LANE(l) if (!AT(done, l)) {
-            ONCE cost[AT(run, l)] += AT(bits[e], l);
+            if (cost) ONCE cost[AT(run, l)] += AT(bits[e], l);
             if (AT(have, l) <= t + 1 && (AT(next[e], l) == stop || t + 2 >= AT(have, l) + length)) AT(done, l) = -1;
           }
           if (credit) FOR_LANE(l) {               // the rows of the last tokens read, each half as much
@@ -1560,13 +1636,14 @@ typedef struct ALIGNED {
   codes B[WARPS][PAIRS / 4];                      // of some columns, four pairs to a word, in the order of fA
   u32 k0[PAIRS], k1[PAIRS], A[PAIRS], words[WARPS][PAIRS];
   is Z[UNIT][COLUMNS / LANES];
+  i64 square[UNIT];                               // sum of f^2, where each row has its own
 } Update;
 
-// Error feedback: n weights take the whole int8 steps of gain Z, in 2^-15 steps, and residuals keep the rest.
+// Error feedback: n weights take the whole levels of gain Z, in 2^-15 levels, and residuals keep the rest.
 INLINE void feed_back(i8 *weights, short *residuals, const int *Z, float gain, int n) {
   FLAT(i, n) {
     float x = Z[i] * gain;
-    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // 2^21: at most 64 steps
+    x = x > 2097152.0f ? 2097152.0f : x < -2097152.0f ? -2097152.0f : x;  // 2^21: at most 64 levels
     const int total = residuals[i] + (int)rintf(x), whole = (total + 16384) >> 15, q = weights[i] + whole;
     residuals[i] = total - whole * 32768;
     weights[i] = q > 127 ? 127 : q < -127 ? -127 : q;
@@ -1611,23 +1688,40 @@ INLINE void accumulate(Update *s, Tensor t, int row, int k, int stride, int digi
   }
 }
 
-// NumpyBackend.update, of units first to last; f: int8 fitness of each pair
-KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u32 step, float gain,
+// Z of a unit, for f [pairs] or, where there is one for each row, [rows][pairs] of 16 bits, which are two digits
+INLINE void sum_pairs(Update *s, Tensor t, int row, int rows, const short *f, int each, int pairs, const i64 *pair,
+                      u32 seed, u32 step) {
+  SYNC;
+  for (int j = 0; j < UNIT; j++) EACH(block, COLUMNS / LANES) s->Z[j][block] = isplat(0);
+  FLAT(j, UNIT) s->square[j] = 0;
+  for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
+    SYNC;
+    for (int j = 0; j < (each ? rows : 1); j++) FLAT(p, PAIRS)
+      s->f[j * STRIDE + p] = p0 + p < pairs ? f[(i64)j * pairs + p0 + p] : 0;
+    FLAT(p, PAIRS) {
+      const i64 number = pair[least(p0 + p, pairs - 1)];
+      s->k0[p] = key0(seed, step, number);
+      s->k1[p] = key1(seed, step, number);
+    }
+    SYNC;
+    FLAT(j, each ? rows : 0) for (int p = 0; p < PAIRS; p++) {
+      const int own = s->f[j * STRIDE + p];
+      s->square[j] += own * own;
+    }
+    for (int k = 0; k < R; k++) for (int digit = 0; digit <= each; digit++)
+      accumulate(s, t, row, k, each ? STRIDE : 0, digit);
+  }
+  SYNC;
+}
+
+// NumpyBackend.update, of units first to last
+KERNEL update(i8 *weights, short *residuals, const short *f, int pairs, const i64 *pair, u32 seed, u32 step, float gain,
               int first, int last, void *scratch) {
   Update *s = FAST(Update, SLOT(Update));
   MINE(u) {
     const Tensor t = TABLE[UNITS[u].tensor];
     const int row = UNITS[u].row, cols = t.cols ? t.cols : t.out, rows = t.cols ? least(UNIT, t.out - row) : 1;
-    SYNC;
-    for (int j = 0; j < UNIT; j++) EACH(block, COLUMNS / LANES) s->Z[j][block] = isplat(0);
-    for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
-      SYNC;
-      FLAT(p, PAIRS) s->f[p] = p0 + p < pairs ? f[p0 + p] : 0;
-      FLAT(p, PAIRS) s->k0[p] = key0(seed, step, p0 + p);
-      FLAT(p, PAIRS) s->k1[p] = key1(seed, step, p0 + p);
-      for (int k = 0; k < R; k++) accumulate(s, t, row, k, 0, 0);
-    }
-    SYNC;
+    sum_pairs(s, t, row, rows, f, 0, pairs, pair, seed, step);
     for (int j = 0; j < rows; j++) {
       const int at = t.at + (row + j) * cols;
       feed_back(weights + at, residuals + at, (const int *)s->Z[j], gain, cols);
@@ -1637,30 +1731,14 @@ KERNEL update(i8 *weights, short *residuals, const i8 *f, int pairs, u32 seed, u
 
 // NumpyBackend.sum_rows, of units first to last
 KERNEL sum_rows(const short *credit, int pairs, const i64 *pair, u32 seed, u32 step, i64 *Z, i64 *square,
-            int first, int last, void *scratch) {
+                int first, int last, void *scratch) {
   Update *s = FAST(Update, SLOT(Update));
   MINE(u) {
     const Tensor t = TABLE[UNITS[u].tensor];
-    const int row = UNITS[u].row, rows = least(UNIT, t.out - row), which = UNITS[u].tensor != EMB_WEIGHT;
-    SYNC;
-    for (int j = 0; j < UNIT; j++) EACH(block, COLUMNS / LANES) s->Z[j][block] = isplat(0);
-    for (int p0 = 0; p0 < pairs; p0 += PAIRS) {
-      SYNC;
-      for (int j = 0; j < rows; j++) FLAT(p, PAIRS)
-        s->f[j * STRIDE + p] = p0 + p < pairs ? credit[((i64)which * VOCAB + row + j) * pairs + p0 + p] : 0;
-      FLAT(p, PAIRS) s->k0[p] = p0 + p < pairs ? key0(seed, step, pair[p0 + p]) : 0;
-      FLAT(p, PAIRS) s->k1[p] = p0 + p < pairs ? key1(seed, step, pair[p0 + p]) : 0;
-      SYNC;
-      FLAT(j, rows) {
-        i64 sum = 0;
-        for (int p = 0; p < PAIRS; p++) sum += s->f[j * STRIDE + p] * s->f[j * STRIDE + p];
-        square[(i64)which * VOCAB + row + j] += sum;
-      }
-      for (int k = 0; k < R; k++) for (int digit = 0; digit < 2; digit++) accumulate(s, t, row, k, STRIDE, digit);
-    }
-    SYNC;
-    for (int j = 0; j < rows; j++) FLAT(i, D)
-      Z[((i64)which * VOCAB + row + j) * D + i] += ((const int *)s->Z[j])[i];
+    const int row = UNITS[u].row, rows = least(UNIT, t.out - row), at = (UNITS[u].tensor != EMB_WEIGHT) * VOCAB + row;
+    sum_pairs(s, t, row, rows, credit + (i64)at * pairs, 1, pairs, pair, seed, step);
+    FLAT(j, rows) square[at + j] += s->square[j];
+    for (int j = 0; j < rows; j++) FLAT(i, D) Z[(i64)(at + j) * D + i] += ((const int *)s->Z[j])[i];
   }
 }
 
@@ -1762,35 +1840,43 @@ class KernelBackend:
                                 "contiguous, and a model of the backend's Config")
 
     def play(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
-             noise: tuple[int, int, float], given: np.ndarray | None = None, length: int = 0, temperature: float = 0.0,
-             stop: int = -1, state: np.ndarray | None = None, logits: np.ndarray | None = None,
-             credit: Any = None) -> np.ndarray:
-        """See NumpyBackend; credit: where the kernel runs."""
-        seed, step, sigma = noise
-        cost, n = np.zeros(len(start), np.int32), len(start)
+             noise: tuple[int, int, float], cost: np.ndarray | None = None, state: np.ndarray | None = None,
+             logits: np.ndarray | None = None, credit: Any = None, given: np.ndarray | None = None, length: int = 0,
+             temperature: float = 0.0, stop: int = -1) -> None:
+        """The kernel of `score` and `write`; credit is where it runs."""
+        check_runs(self.cfg, text, start, T, member, 1 if given is None else given)
+        (seed, step, sigma), n, V = noise, len(start), self.cfg.vocab
         start, member = (np.ascontiguousarray(a, np.int64) for a in (start, member))
-        given = np.full(n, T + 1, np.int32) if given is None else np.ascontiguousarray(given, np.int32)
-        check_runs(self.cfg, text, start, T, member)
-        self.check(model, (given, np.int32, (n,)), (logits, F32, (n, T, self.cfg.vocab)),
-                   (state, F32, (n, *zero_state(self.cfg, 0).shape[1:])),
-                   (credit, np.int16, (2, self.cfg.vocab, n / 2)))
+        self.check(model, (given, np.int32, (n,)), (logits, F32, (n, T, V)), (credit, np.int16, (2, V, n / 2)),
+                   (state, F32, (n, *zero_state(self.cfg, 0).shape[1:])))
         with self.lock:  # `packed` holds one model at a time
             self.launch("pack", range(self.launch.needs.units), (model.q, self.packed), [self.packed])
             self.launch("play", range(-(-n // self.launch.needs.lanes)), (
                 model.q, self.packed, model.scale, text, start, np.int32(T), np.int32(n), member, np.uint32(seed),
                 np.uint32(step), F32(sigma / math.sqrt(self.rank)), cost, state, logits, given, np.int32(length),
-                heat_of(temperature), np.int32(stop), credit),
-                [cost, state, logits, *([text] if given.min(initial=T + 1) <= T else [])])
+                beta_of(temperature), np.int32(stop), credit),
+                [cost, state, logits] if given is None else [text])
+
+    def score(self, model: Model, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+              noise: tuple[int, int, float], state: np.ndarray | None = None, logits: np.ndarray | None = None,
+              credit: Any = None) -> np.ndarray:
+        """See NumpyBackend; credit: where the kernel runs."""
+        cost = np.zeros(len(start), np.int32)
+        self.play(model, text, start, T, member, noise, cost, state, logits, credit)
         return cost
 
-    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float,
-               units: slice | None = None) -> None:
+    def write(self, model: Model, text: np.ndarray, start: np.ndarray, given: np.ndarray, length: int,
+              member: np.ndarray, noise: tuple[int, int, float], temperature: float = 0.0, stop: int = -1) -> None:
         """See NumpyBackend."""
+        self.play(model, text, start, int(given.max()) + length - 1, member, noise, given=given, length=length,
+                  temperature=temperature, stop=stop)
+
+    def update(self, model: Model, f: np.ndarray, seed: int, step: int, gain: float, count: int | None = None) -> None:
+        """See NumpyUpdate."""
         self.check(model)
-        f, (first, last, _) = np.ascontiguousarray(f, np.int8), (units or slice(None)).indices(len(self.units) - 1)
-        self.launch("update", range(self.units[first], self.units[last]), (
-            model.q, model.residual, f, np.int32(len(f)), np.uint32(seed), np.uint32(step), F32(gain)),
-            [model.q, model.residual])
+        self.launch("update", range(self.units[len(self.units) - 1 if count is None else count]), (
+            model.q, model.residual, np.ascontiguousarray(f, np.int16), np.int32(len(f)), np.arange(len(f)),
+            np.uint32(seed), np.uint32(step), F32(gain)), [model.q, model.residual])
 
     def sum_rows(self, F: Any, pair: np.ndarray, seed: int, step: int, Z: np.ndarray, square: np.ndarray) -> None:
         """See NumpyBackend."""
@@ -1811,60 +1897,42 @@ def note(text: str) -> None:
 
 
 def cores() -> int:
-    """The number of cores this process may use: those of its affinity, and no more than its cgroups' quota pays for."""
+    """How many cores this process may use: those of its affinity, or what a container's quota pays for."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().split("0::")[1].strip())
-    except (OSError, IndexError):  # not Linux, or the first version of cgroups
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(count, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
         return count
-    for folder in group, *group.parents:
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-            count = min(count, max(1, math.ceil(int(quota) / int(period))))
-        except (OSError, ValueError):  # none here, or "max"
-            continue
-    return count
 
 
-TRIAL = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).needs((ctypes.c_int * 8)())"
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-
-
-def failure(command: list[str], given: str = "") -> str:
-    """Run a command, to which a text is given; returns what it says went wrong, or nothing."""
-    try:
-        done = subprocess.run(command, input=given, check=False, capture_output=True, text=True, errors="replace")
-    except OSError as e:
-        return str(e)
-    said = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-    return next((line for line in said if "error" in line.lower()), said[-1]) if done.returncode else ""
 
 
 @cache
 def load_c(source: str, flags: str) -> ctypes.CDLL:
-    """The kernel, compiled to a shared library, which takes a second or two; raises UserError.
+    """The kernel as a shared library, by $CC or cc, which takes a second or two; raises UserError.
 
-    Tries $CC, cc, gcc and clang, each with the flags and without.
+    A compiler that refuses the flags gets the kernel once more without.
     """
     try:
-        chosen = shlex.split(os.environ.get("CC", ""))
-    except ValueError as e:
-        raise UserError(f"CC cannot be read ({e}): correct its quotes") from None
-    found = [c for c in (chosen, ["cc"], ["gcc"], ["clang"]) if c and shutil.which(c[0])]
-    trouble = "" if found else "no C compiler found: install gcc or clang (apt install gcc, xcode-select --install)"
-    for compiler, extra in itertools.product(found, (flags, "")):
-        command = [*compiler, "-x", "c", "-O3", *extra.split(), "-fPIC", "-ffp-contract=off", "-fno-fast-math",
-                   "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-", "-o"]
-        with tempfile.TemporaryDirectory(prefix="nano_eggroll_", ignore_cleanup_errors=True) as folder:
-            library = os.path.join(folder, "kernel.so")
-            if said := failure([*command, library], source):
-                trouble = trouble or f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another"
-                continue
-            # In another process at first, which an instruction that this CPU lacks may end
-            if not (said := failure([sys.executable, "-ISc", TRIAL, library])):
-                return ctypes.CDLL(library)
-            trouble = f"the compiled kernel does not run ({said}): set TMPDIR to a folder that allows it, or another CC"
-    raise UserError(trouble)
+        compiler = shlex.split(os.environ.get("CC") or "cc")
+        for extra in flags, "":
+            command = [*compiler, "-x", "c", "-O3", *extra.split(), "-fPIC", "-ffp-contract=off", "-fno-fast-math",
+                       "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-", "-o"]
+            with tempfile.TemporaryDirectory(prefix="nano_eggroll_", ignore_cleanup_errors=True) as folder:
+                library = os.path.join(folder, "kernel.so")
+                done = subprocess.run([*command, library], input=source, check=False, capture_output=True, text=True,
+                                      errors="replace", env=os.environ | {"LC_ALL": "C"})
+                if done.returncode == 0:
+                    return ctypes.CDLL(library)
+        said = [*filter(re.compile("error", re.I).search, done.stderr.splitlines()), done.stderr.strip()[-200:]][0]
+        raise UserError(f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another")
+    except (OSError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"the kernel cannot be compiled or loaded ({e}): install gcc or clang or set CC to another, or "
+                        "set TMPDIR to a folder that programs may run in") from None
 
 
 def c_arguments(args: Sequence[Any]) -> list:
@@ -1882,14 +1950,13 @@ def pool(threads: int, process: int) -> concurrent.futures.Executor:
 class CLauncher:
     """Runs kernels on the CPU's cores; ctypes lets go of the GIL, so Python threads are enough."""
 
+    zeros = staticmethod(np.zeros)
+
     def __init__(self, source: str, threads: int, flags: str = NATIVE) -> None:
         """source: see `kernel_source`; flags: for the compiler. Raises UserError."""
-        self.lib, self.threads = load_c(source, flags), threads
-        needs = np.zeros(len(Needs._fields), np.int32)
+        self.lib, self.threads, needs = load_c(source, flags), threads, np.zeros(len(Needs._fields), np.int32)
         self.lib.needs(*c_arguments((needs,)))
         self.needs = Needs(*needs.tolist())
-
-    zeros = staticmethod(np.zeros)
 
     def __call__(self, name: str, which: range, args: tuple, out: list) -> None:
         """Run batches or units of a kernel; it writes to the arrays themselves."""
@@ -1901,17 +1968,10 @@ class CLauncher:
             kernel(*argv, which.start + i * count // pieces, which.start + (i + 1) * count // pieces,
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
 
-        if self.threads == 1:
-            return run(0)
         try:
-            list(pool(self.threads, os.getpid()).map(run, range(pieces)))
+            list((pool(self.threads, os.getpid()).map if self.threads > 1 else map)(run, range(pieces)))
         except RuntimeError as e:
             raise UserError(f"the kernel cannot start ({e}): give fewer --threads") from None
-
-
-def cuda_trouble(e: Exception) -> UserError:
-    """An error of CuPy's as one line."""
-    return UserError(f"the GPU failed ({type(e).__name__}: {(str(e).splitlines() or ['?'])[0]}): use --backend c")
 
 
 # Every operation rounds once, as in numpy and C: no fused multiply-add, denormals kept, exact division and root.
@@ -1921,41 +1981,33 @@ CUDA_OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true",
 class CudaLauncher:
     """Runs kernels on the GPU: as many blocks as it holds at once, which take batches or units in turn."""
 
-    def __init__(self, source: str) -> None:
-        """source: see `kernel_source`. Raises UserError."""
+    def __init__(self, source: str, device: int = 0) -> None:
+        """source: see `kernel_source`; device: the number of a GPU, of as many as there are. Raises what CuPy does."""
         import cupy
 
-        try:
-            device, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
-            room = device["MaxSharedMemoryPerBlockOptin"]
-            # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
-            cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
-            module, needs = cupy.cuda.function.Module(), cupy.zeros(len(Needs._fields), np.int32)
-            module.load(cubin)
-            module.get_function("needs")((1,), (1,), (needs,))
-            self.cupy, self.needs = cupy, Needs(*needs.get().tolist())
-            self.kernels: dict[str, tuple[Any, int, int]] = {}
-            scratch = 0
-            for name, slow, fast in (("play", self.needs.batch, self.needs.fast),
-                                     ("update", self.needs.update, self.needs.update),
-                                     ("sum_rows", self.needs.update, self.needs.update), ("pack", 0, 0)):
-                kernel, swaps = module.get_function(name), self.needs.swaps
-                shared = swaps + (fast if swaps + fast <= room else 0)
-                driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
-                blocks = device["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
-                    kernel.ptr, self.needs.threads, shared)
-                free = cupy.cuda.runtime.memGetInfo()[0] // 2
-                blocks = max(1, min(blocks, free // max(1, slow)))
-                self.kernels[name] = kernel, blocks, shared
-                scratch = max(scratch, blocks * slow)
-            self.scratch = cupy.empty(scratch, np.uint8)
-        except Exception as e:
-            raise cuda_trouble(e) from None
-        self.kept: dict[int, tuple[np.ndarray, Any]] = {}
-
-    def zeros(self, shape: Any, dtype: Any) -> Any:
-        """An array on the device."""
-        return self.cupy.zeros(shape, dtype)
+        cupy.cuda.Device(device % cupy.cuda.runtime.getDeviceCount()).use()
+        attributes, driver = cupy.cuda.Device().attributes, cupy.cuda.driver
+        room = attributes["MaxSharedMemoryPerBlockOptin"]
+        # Not by cupy.RawModule, which would add -ftz=true to the options (CuPy's issue 9576).
+        cubin, _ = cupy.cuda.compiler.compile_using_nvrtc(source, (*CUDA_OPTIONS, f"-DSHARED={room}"))
+        module, needs = cupy.cuda.function.Module(), cupy.zeros(len(Needs._fields), np.int32)
+        module.load(cubin)
+        module.get_function("needs")((1,), (1,), (needs,))
+        self.cupy, self.zeros, self.needs = cupy, cupy.zeros, Needs(*needs.get().tolist())
+        self.kernels, self.kept, scratch = {}, {}, 0
+        for name, slow, fast in (("play", self.needs.batch, self.needs.fast), ("pack", 0, 0),
+                                 ("update", self.needs.update, self.needs.update),
+                                 ("sum_rows", self.needs.update, self.needs.update)):
+            kernel, swaps = module.get_function(name), self.needs.swaps
+            shared = swaps + (fast if swaps + fast <= room else 0)
+            driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+            blocks = attributes["MultiProcessorCount"] * driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                kernel.ptr, self.needs.threads, shared)
+            free = cupy.cuda.runtime.memGetInfo()[0] // 2
+            blocks = max(1, min(blocks, free // max(1, slow)))
+            self.kernels[name] = kernel, blocks, shared
+            scratch = max(scratch, blocks * slow)
+        self.scratch = cupy.empty(scratch, np.uint8)
 
     def put(self, a: Any) -> Any:
         """An argument as the kernel takes it; read-only arrays are copied to the device only once."""
@@ -1970,45 +2022,34 @@ class CudaLauncher:
     def __call__(self, name: str, which: range, args: tuple, out: list) -> None:
         """Run batches or units of a kernel, then copy back what is in `out` and not on the device."""
         kernel, blocks, shared = self.kernels[name]
-        try:
-            there = [self.put(a) for a in args]
-            kernel((max(1, min(blocks, len(which))),), (self.needs.threads,),
-                   (*there, np.int32(which.start), np.int32(which.stop), self.scratch), shared_mem=shared)
-            for a, device in zip(args, there, strict=True):
-                if isinstance(a, np.ndarray) and any(a is o for o in out):
-                    a[...] = device.get()
-        except Exception as e:
-            raise cuda_trouble(e) from None
+        there = [self.put(a) for a in args]
+        kernel((max(1, min(blocks, len(which))),), (self.needs.threads,),
+               (*there, np.int32(which.start), np.int32(which.stop), self.scratch), shared_mem=shared)
+        for a, device in zip(args, there):
+            if isinstance(a, np.ndarray) and any(a is o for o in out):
+                a[...] = device.get()
 
 
-def cuda_device(device: int = 0) -> None:
-    """Make a GPU the current one, another for each process `device` of a machine; raises UserError, saying why not."""
-    try:
-        import cupy
-
-        cupy.cuda.Device(device % cupy.cuda.runtime.getDeviceCount()).use()
-    except ImportError as e:
-        raise UserError(f"a GPU needs CuPy ({e}): pip install cupy-cuda12x, or use --backend c") from None
-    except Exception as e:
-        raise cuda_trouble(e) from None
-
-
-def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, device: int = 0) -> Backend:
-    """The named backend, or the fastest that works here: cuda (see `cuda_device`), c, numpy. Raises UserError."""
-    builders = {"cuda": CudaLauncher, "c": lambda source: CLauncher(source, threads or cores())}
-    if name not in (None, "numpy", *builders):
+def make_backend(name: str | None, cfg: Config, rank: int, threads: int | None = None, device: int = 0) -> Any:
+    """The named backend, or the fastest that works here: cuda, c, numpy. Raises UserError."""
+    if name not in (None, "cuda", "c", "numpy"):
         raise UserError(f"there is no --backend {name}: choose numpy, c or cuda")
-    for choice, slower in ("cuda", "c"), ("c", "numpy, which is much slower"):
-        try:
-            if name in (None, choice):
-                if choice == "cuda":
-                    cuda_device(device)
-                return KernelBackend(cfg, rank, choice, builders[choice])
-        except UserError as e:
-            if name:
-                raise
-            if choice == "c" or shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
-                note(f"{e}; going on with {slower}")
+    try:
+        if name in (None, "cuda"):
+            return KernelBackend(cfg, rank, "cuda", partial(CudaLauncher, device=device))
+    except Exception as e:  # there is no CuPy, or it has one of its many errors
+        trouble = f"no GPU can be used ({type(e).__name__}: {(str(e).splitlines() or ['?'])[0]})"
+        if name:
+            raise UserError(f"{trouble}: pip install cupy-cuda12x, or use --backend c") from None
+        if shutil.which("nvidia-smi"):  # where there is a GPU, not to use it is worth a word
+            note(f"{trouble}; going on with c")
+    try:
+        if name in (None, "c"):
+            return KernelBackend(cfg, rank, "c", partial(CLauncher, threads=threads or cores()))
+    except UserError as e:
+        if name:
+            raise
+        note(f"{e}; going on with numpy, which is much slower")
     return NumpyBackend(cfg, rank)
 
 
@@ -2020,24 +2061,18 @@ default_backend = partial(make_backend, None)
 
 
 import argparse
+import contextlib
 import fnmatch
 import gzip
 import inspect
 import io
 import json
-import re
 import runpy
-import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -2051,8 +2086,7 @@ class Settings(ES):
     valid: str = ""  # text for validation instead of that
     credit: str = "rows"  # of embedding and head: rows answer for their own tokens, or text: for all, as in the paper
     vocab: str = ""  # how many tokens to learn from the text, or bytes (2,048; data/tales.txt has but 1,071)
-    out: str = ""  # folder for the model and its log (out, or out-2, ... where that is taken)
-    resume: bool = False  # go on with the run in --out, with its own settings
+    out: str = ""  # folder for the model and its log (out, or out-2, ... where another run has that)
     load: str = ""  # start from this model.npz
     backend: str = ""  # numpy, c or cuda (the fastest that works here)
     threads: int = 0  # of the c backend (as many as this process may use)
@@ -2073,12 +2107,12 @@ class Settings(ES):
 
 LIMITS |= {"threads": (0, 4096), "dim": (1, 16384), "layers": (1, 256), "head_size": (1, 16384), "minutes": (0, 1e6),
            "group_size": (2, 2**21), "length": (0, LONGEST), "temperature": (0, 100)}
-NEEDS = {"eval": ["load"], "sample": ["load"], "reward": ["task"], "group_size": ["task"], "length": ["task", "sample"],
-         "temperature": ["task", "sample"], "stop": ["task", "sample"]}
-CLASHES = {"task": ["data", "valid", "vocab", "credit"], "load": ["dim", "layers", "head_size", "vocab"]}
-# With --task and --load: few moves of a model that knows much already, and noise that changes an answer here and there
+ONLY_WITH = {"eval": ["load"], "sample": ["load"], "reward": ["task"], "group_size": ["task"],
+             "length": ["task", "sample"], "temperature": ["task", "sample"], "stop": ["task", "sample"]}
+NEVER_WITH = {"task": ["data", "valid", "vocab", "credit"], "load": ["dim", "layers", "head_size", "vocab"]}
+# With --task and --load: few changes to a model that knows much, and noise that changes an answer here and there
 ANSWERS = {"population": 512, "steps": 360, "sigma": 3.0, "drift": 1.5}
-FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may differ on --resume, with the same files
+FREE = "out", "backend", "threads"  # a run ends with the same bits whatever these are
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2088,39 +2122,27 @@ FREE = ("out", "resume", "backend", "threads", "data", "valid", "task")  # may d
 DATA = Path(__file__).resolve().parent / "data" / "tales.txt"  # the built-in text, see data/README.md
 BYTES = [bytes([i]) for i in range(256)]
 SAMPLE = 2**22  # bytes that say enough of a long text
-WORD = re.compile(rb" ?[A-Za-z\x80-\xff]+|.", re.DOTALL)  # within which tokens merge
-# Control characters, bidirectional overrides and lone surrogates
-UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+PIECE = re.compile(rb" ?[A-Za-z\x80-\xff]+|.", re.DOTALL)  # within which tokens merge
+UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # what steers a terminal
 
 
 def printable(text: str) -> str:
-    """A text without what could change a terminal."""
+    """A text that changes nothing but the screen."""
     return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
-UTF16 = "iconv -f utf-16 -t utf-8"
-PACKED = {b"\x1f\x8b": "zcat", b"PK\x03\x04": "unzip -p", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16,  # by first bytes
-          b"BZh": "bzcat", b"\xfd7zXZ": "xzcat", b"\x28\xb5\x2f\xfd": "zstdcat", b"%PDF-": "pdftotext"}
-PIPES = dict[str, bytes]()  # what was read from paths that can be read but once
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """A file, or once more a pipe; raises UserError for what is packed, and OSError."""
-    data = PIPES[str(path)] if str(path) in PIPES else Path(path).read_bytes()
-    if not Path(path).is_file() and str(path) not in PIPES:
-        PIPES[str(path)] = data
-        note(f"{path} is a pipe, so this run cannot be resumed: for that, write it to a file")
-    nuls = UTF16 if {data[:600:2].count(0), data[1:600:2].count(0)} & {0} and data[:600].count(0) > 200 else ""
-    if command := next((command for start, command in PACKED.items() if data.startswith(start)), nuls):
-        raise UserError(f"{path} is no plain text: use what is printed by {command} {path}")
-    return data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-
-
 def read_text(data: str | Path, valid: str | Path = "") -> tuple[bytes, bytes]:
-    """Training text and validation text, which is `valid` or the last 10% of `data`."""
-    text = read_bytes(data)
-    cut = len(text) if valid else len(text) * 9 // 10
-    return text[:cut], read_bytes(valid) if valid else text[cut:]
+    """Training text and validation text, which is `valid` or the last 10% of `data`; raises OSError, UserError."""
+    mark = b"\xef\xbb\xbf"  # of byte order
+    texts = [Path(path).read_bytes().removeprefix(mark) for path in (data, valid) if path]
+    for path, text in zip((data, valid), texts):
+        start = text[:SAMPLE].decode(errors="replace").rstrip("\ufffd")  # its last character may be cut
+        if "\0" in start:
+            raise UserError(f"{path} is no plain text: unpack it, or convert it with iconv -f utf-16 -t utf-8")
+        if "\ufffd" in start:
+            note(f"{path} is not in UTF-8, so its bytes are learned as they are: iconv -t utf-8 converts it")
+    cut = len(texts[0]) * 9 // 10
+    return (texts[0], texts[1]) if valid else (texts[0][:cut], texts[0][cut:])
 
 
 class Vocab:
@@ -2156,20 +2178,14 @@ class Vocab:
         """Tokens of a text, uint16 [n]: all merges in their order, or always the longest token that fits."""
         if not self.world:  # a character for each unit, so that a merge is a replacement
             @cache
-            def spell(word: bytes) -> bytes:
-                units = word.translate(self.first).decode("latin-1")
+            def spell(piece: bytes) -> bytes:
+                units = piece.translate(self.first).decode("latin-1")
                 for old, new in self.replacements:
                     units = units.replace(old, new)
                 return units.translate(self.numbers).encode("utf-16-le")
 
-            parts, at = list[bytes](), 0
-            while at < len(text):  # in parts, so that words do not fill the memory
-                words = WORD.findall(text, at, at + SAMPLE)
-                if at + SAMPLE < len(text) and len(words) > 1:
-                    words.pop()  # it may go on
-                at += sum(map(len, words))
-                parts.append(b"".join(map(spell, words)))
-            return np.frombuffer(b"".join(parts), np.uint16)
+            lines = (b"".join(map(spell, PIECE.findall(line))) for line in io.BytesIO(text))  # not all pieces at once
+            return np.frombuffer(b"".join(lines), np.uint16)
         found, at = [], 0
         while at < len(text):
             sizes = range(self.longest.get(text[at:at + 2], 1), 0, -1)
@@ -2188,11 +2204,11 @@ def learn_vocab(text: bytes, val_text: bytes, size: int) -> Vocab:
 
     Byte-pair encoding (arXiv 1508.07909): a merge is the pair of units that is the most frequent (of several, the
     lowest) when the merges before have been made. What later merges leave nothing of, such as a part of one word only,
-    is no token. A WORD is letters and a space before them, so that digits, signs and newlines remain single bytes.
+    is no token. A PIECE is letters and a space before them, so that digits, signs and newlines remain single bytes.
     """
     tokens, merges = [BYTES[i] for i in sorted({*text, *val_text, *b"\n"})], list[list[int]]()
     sample, known, units = SAMPLE, Vocab(tokens), list(tokens)
-    while sum(map(len, found := Counter(WORD.findall(text[:sample])))) > 2**18:  # words without end, as in Chinese
+    while sum(map(len, found := Counter(PIECE.findall(text[:sample])))) > 2**18:  # words without end, as in Chinese
         sample //= 2
     words = {word.translate(known.first).decode("latin-1"): n for word, n in found.items()}  # a character for each unit
     often, left = Counter[tuple[str, str]](), Counter[str]()
@@ -2247,7 +2263,7 @@ def yardsticks(vocab: Vocab, text: bytes, val_text: bytes, train: np.ndarray, va
 def save_model(model: Model, path: Path) -> None:
     """Write model.npz, whole and on the disk or not at all; raises OSError."""
     meta = {"config": asdict(model.cfg), "step": model.step, "extra": model.extra}
-    new = path.with_name(f"{path.name}.tmp")
+    new = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")  # two processes never share it
     try:
         new.unlink(missing_ok=True)  # it may be a link to something else
         with open(new, "wb") as file:
@@ -2295,7 +2311,7 @@ def vocab_of(model: Model) -> Vocab:
 
 
 class Team:
-    """The processes of an MPI job that train one model, or this one alone. It stands in for the backend.
+    """The processes of an MPI job that train one model, or this one alone.
 
     In a step each scores an equal share of the members, and what it found goes around: scores, 4 bytes a member, and
     what rows answer for, summed over its pairs, 8 bytes a weight of embedding and head. Then all make the same update.
@@ -2308,34 +2324,24 @@ class Team:
         self.device = [node for node, _ in near[:self.index]].count(platform.node())  # its number on its machine
         self.sharing = near.count(near[self.index])  # how many have the same cores
 
-    def lead(self, backend: Backend) -> None:
-        """Stand in for this backend."""
-        self.backend, self.rank, self.play, self.update = backend, backend.rank, backend.play, backend.update
-        self.zeros, self.sum_rows = backend.zeros, backend.sum_rows
-
     def gather(self, value: Any) -> list[Any]:
-        """What each process has; to be called by all, like everything but `play`."""
+        """What each process has; to be called by all."""
         return self.comm.allgather(value) if self.comm else [value]
-
-    def add(self, part: np.ndarray) -> np.ndarray:
-        """Integers that each process has a part of, added up."""
-        return self.comm.allreduce(part) if self.comm else part
 
     def agree(self, what: str, value: Any) -> None:
         """Raises UserError where this process has something else than the first."""
         if self.gather(value)[0] != value:
-            raise UserError(f"it has other {what} than the first process: use the same command, files and "
-                            "nano_eggroll.py everywhere, or leave that machine out")
+            raise UserError(f"other {what} than the first process has: give all the same, or leave this machine out")
 
     def share(self, fitness: Fitness) -> Fitness:
         """The same fitness, of which each process finds a part."""
-        def found(members: Members) -> np.ndarray | Credit:
-            own = np.array_split(members.numbers.reshape(-1, 2), self.size)[self.index].ravel()
-            scores = fitness(members._replace(numbers=own))
-            if not isinstance(scores, Credit):
-                return np.concatenate(self.gather(np.asarray(scores)))
-            return Credit(np.concatenate(self.gather(scores.fitness)), self.add(scores.Z), self.add(scores.square))
-        return found
+        def shared(members: Members) -> np.ndarray | Credit:
+            pairs = np.array_split(members.numbers.reshape(-1, 2), self.size)
+            part = fitness(members._replace(numbers=pairs[self.index].ravel()))
+            if isinstance(part, Credit):
+                return Credit(np.concatenate(self.gather(part.fitness)), *map(self.comm.allreduce, part[1:]))
+            return np.concatenate(self.gather(np.asarray(part)))
+        return shared if self.comm else fitness
 
 
 def mpi() -> Any:
@@ -2355,13 +2361,13 @@ def mpi() -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks
+# Tasks: what a run is to learn. Each has a fitness, a validation, and something to show.
 
 
 STILL = (0, 0, 0.0)  # the noise of members that all are the model itself
 
 
-def evaluate(model: Model, backend: Backend, tokens: np.ndarray, T: int, index: int = 0, size: int = 1) -> float:
+def evaluate(model: Model, backend: Any, tokens: np.ndarray, T: int, index: int = 0, size: int = 1) -> float:
     """Bits to predict tokens (uint16 [n], all but the first), in segments of T, each from state zero.
 
     index, size: of these segments only every size-th is counted, so that those with index 0 to size - 1 add up to all.
@@ -2370,61 +2376,61 @@ def evaluate(model: Model, backend: Backend, tokens: np.ndarray, T: int, index: 
     whole = starts + T < len(tokens)
     for start, length in (starts[whole], T), (starts[~whole], (len(tokens) - 1) % T):  # the last one may be shorter
         if len(start):
-            bits += backend.play(model, tokens, start, length, np.arange(len(start)), STILL).sum(dtype=np.int64)
+            bits += backend.score(model, tokens, start, length, np.arange(len(start)), STILL).sum(dtype=np.int64)
     return bits / BITS
 
 
-def complete(members: Members, vocab: Vocab, prompts: Sequence[Sequence[int]], length: int, temperature: float,
+def complete(members: Members, vocab: Vocab, prompts: Sequence[str], length: int, temperature: float,
              stop: str, end: int) -> list[str]:
     """What each member writes after its prompt, up to the text `stop` or, where that is empty, the token `end`."""
-    token = vocab.number.get(stop.encode(errors="surrogateescape"), -1) if stop else end  # -1: the text is no token
-    found = members.answer(prompts, length, token, temperature)
-    texts = [vocab.decode(tokens).decode(errors="replace") for tokens in found]
+    given = [vocab.encode(prompt.encode(errors="replace")).tolist() or [vocab.end] for prompt in prompts]
+    token = vocab.number.get(stop.encode(), -1) if stop else end  # -1: the text is no token
+    texts = [vocab.decode(a).decode(errors="replace") for a in members.answer(given, length, token, temperature)]
     return [text.partition(stop)[0] for text in texts] if stop else texts
 
 
-def write_sample(model: Model, backend: Backend, vocab: Vocab, seed: int = 0, prompt: str = "", length: int = 400,
+def write_sample(model: Model, backend: Any, vocab: Vocab, seed: int = 0, prompt: str = "", length: int = 400,
                  temperature: float = 0.7, stop: str = "") -> None:
     """Print a prompt and what the model writes after it."""
     one = Members(model, backend, (seed, 0, 0.0), np.zeros(1, np.int64))
-    given = vocab.encode(prompt.encode(errors="surrogateescape")).tolist() or [vocab.end]
-    [text] = complete(one, vocab, [given], length, temperature, stop, vocab.end if vocab.world else -1)
+    [text] = complete(one, vocab, [prompt], length, temperature, stop, vocab.end if vocab.world else -1)
     print(f"--- sample\n{printable(prompt + text)}\n---")
 
 
 class TextTask:
-    """To predict a text. A task has a fitness, and tokens: what a member reads or writes in a step."""
+    """To predict a text."""
 
     unit, column = "bits/byte", "train_bits"  # of what is shown, and in log.csv
 
-    def __init__(self, s: Settings, vocab: Vocab) -> None:
+    def __init__(self, s: Settings, vocab: Vocab, text: bytes, val_text: bytes) -> None:
         """Print the yardsticks of the text; raises UserError where it is too short."""
         if s.credit not in ("rows", "text"):
             raise UserError(f"there is no --credit {s.credit}: choose rows or text")
-        text, val_text = read_text(s.data or DATA, s.valid)
         train, val = vocab.encode(text), vocab.encode(val_text)
         if min(len(train), len(val)) <= s.tokens:
-            raise UserError(f"{s.data or DATA} has {len(train)} tokens to train on and {len(val)} for validation, too "
-                            f"few for --tokens {s.tokens}: use a longer text, fewer of them, or --vocab bytes")
+            raise UserError(f"{len(train)} tokens to train on and {len(val)} for validation are too few for --tokens "
+                            f"{s.tokens}: use a longer text, fewer of them, or --vocab bytes")
         if new := len(val_text.translate(None, b"".join(vocab.tokens))):
             note(f"{new} of {len(val_text)} bytes are read as newlines, as they have no token: bits/byte are too low")
         if not s.eval:
             known = {} if s.data or s.valid else {"true entropy": float(DATA.with_suffix(".entropy").read_text())}
             marks = yardsticks(vocab, text, val_text, train, val) | known
             print("bits/byte: " + "  ".join(f"{name} {bits:.2f}" for name, bits in marks.items()))
-        self.vocab, self.tokens, self.seed, self.val = vocab, s.tokens, s.seed, val
+        self.vocab, self.seed, self.val = vocab, s.seed, val
+        self.tokens = s.tokens  # that a member reads in a step
         self.fitness = predict(train, s.tokens, s.credit == "rows")
         self.worth = -len(train) / (BITS * s.tokens * len(text))  # of a unit of fitness, in what is shown
         self.bytes = len(val_text) - len(vocab.tokens[val[0]])
+        self.files = {"data": text, "valid": val_text}
 
-    def validate(self, model: Model, team: Team) -> dict[str, float]:
+    def validate(self, model: Model, backend: Any, team: Team) -> dict[str, float]:
         """Bits/byte of the validation text."""
-        bits = evaluate(model, team, self.val, self.tokens, team.index, team.size)
+        bits = evaluate(model, backend, self.val, self.tokens, team.index, team.size)
         return {"val_bits": sum(team.gather(bits)) / self.bytes}
 
-    def sample(self, model: Model, team: Team) -> None:
+    def show(self, model: Model, backend: Any) -> None:
         """Print something that the model writes."""
-        write_sample(model, team, self.vocab, self.seed)
+        write_sample(model, backend, self.vocab, self.seed)
 
 
 class Problem(NamedTuple):
@@ -2435,21 +2441,19 @@ class Problem(NamedTuple):
     solution: str = ""  # an answer that is right; only its length is used
 
 
-def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
+def read_problems(path: str | Path) -> tuple[list[Problem], list[Problem]]:
     """Problems of lines {"prompt": ..., "answer": ...}: to train on and, held out, the last 10%.
 
-    A prompt that is held out is not trained on, if it comes twice. Raises UserError.
+    A prompt that is held out is not trained on, if it comes twice. Raises OSError, UserError.
     """
-    problems, line, text = [], "", read_bytes(path)
+    problems, line = [], ""
     try:
-        whole = text.decode().strip()
-        for line in json.loads(whole) if whole.startswith("[") else filter(str.strip, whole.split("\n")):
-            p = json.loads(line) if isinstance(line, str) else line
+        for line in filter(str.strip, Path(path).read_bytes().decode("utf-8-sig").split("\n")):
+            p = json.loads(line)
             problems.append(Problem(p["prompt"] + "", p["answer"], p.get("solution", "") + ""))
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise UserError(f"{path} is not a file of problems ({e!r:.200} in {str(line)[:60]!r}): " + (
-                        "data/gsm8k.py converts such files" if '"question"' in str(line) else
-                        'write one {"prompt": "...", "answer": ...} a line')) from None
+        raise UserError(f"{path} is not a file of problems ({e!r:.200} in {line[:60]!r}): write one "
+                        '{"prompt": "...", "answer": ...} a line') from None
     held = problems[len(problems) * 9 // 10:]
     asked = {p.prompt for p in held}
     train = [p for p in problems if p.prompt not in asked]
@@ -2458,15 +2462,15 @@ def read_problems(path: str) -> tuple[list[Problem], list[Problem]]:
     return train, held
 
 
-def load_reward(name: str) -> Callable[[str, str, Any], float]:
-    """A function of the user's, FILE.py:function; raises UserError."""
-    path, _, function = name.rpartition(":")
-    sys.path.insert(0, str(Path(path).parent))  # for what the file itself imports
+@contextlib.contextmanager
+def users_code(name: str) -> Iterator[None]:
+    """What runs here is the user's; raises UserError whatever happens."""
     try:
-        return runpy.run_path(path, run_name="reward")[function]
-    except (Exception, SystemExit) as e:  # the file may raise anything
-        raise UserError(f"--reward {name} cannot be had ({e!r:.200}): give FILE.py:function for "
-                        "reward(prompt, completion, answer)") from None
+        yield
+    except (Exception, SystemExit) as e:
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        raise UserError(f"--reward {name} failed ({e!r:.200} in line {at.lineno} of {at.filename}): give "
+                        "FILE.py:function, of (prompt, completion, answer), that returns a number") from None
 
 
 class AnswerTask:
@@ -2481,147 +2485,139 @@ class AnswerTask:
                             "divisor of it")
         self.s, self.vocab, (self.train, held) = s, vocab, read_problems(s.task)
         self.held, problems = held[:1000], self.train + held
-        self.encoded = {p.prompt: self.encode(p.prompt) or [vocab.end] for p in problems}
-        solutions = (len(self.encode(p.solution)) + 1 for p in problems if p.solution)  # with their ends
-        self.length = s.length or max(solutions, default=256)
-        if max(map(len, self.encoded.values())) + self.length > LONGEST:
+        prompts = [len(vocab.encode(p.prompt.encode(errors="replace"))) for p in problems]
+        solutions = [len(vocab.encode(p.solution.encode(errors="replace"))) for p in problems if p.solution]
+        self.length = s.length or 1 + max(solutions, default=255)  # with its end
+        if max(prompts) + self.length > LONGEST:
             raise UserError(f"a prompt and --length {self.length} come to over {LONGEST} tokens: give less")
-        self.tokens = sum(len(self.encoded[p.prompt]) for p in self.train) // len(self.train) + self.length
-        self.reward = load_reward(s.reward) if s.reward else lambda _, text, answer: text.strip() == str(answer).strip()
+        self.tokens = sum(prompts[:len(self.train)]) // len(self.train) + self.length
+        self.files = {"task": json.dumps(problems).encode()}
+        self.reward = lambda _, text, answer: text.strip() == str(answer).strip()
+        if s.reward:
+            path, _, function = s.reward.rpartition(":")
+            sys.path.insert(0, str(Path(path).parent))  # for what the file itself imports
+            with users_code(s.reward):
+                self.reward = runpy.run_path(path, run_name="reward")[function]
+                self.files["reward"] = Path(path).read_bytes() + function.encode()
         self.rewards(held[:1], [""])  # one that cannot work fails before there is a run
-
-    def encode(self, text: str) -> list[int]:
-        """Its tokens."""
-        return self.vocab.encode(text.encode(errors="replace")).tolist()
 
     def rewards(self, problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
         """Of answers, float32 [n]; raises UserError."""
-        try:
+        with users_code(self.s.reward):
             found = [float(self.reward(p.prompt, text, p.answer)) for p, text in zip(problems, texts)]
-        except (Exception, SystemExit) as e:  # it may be the user's
-            raise UserError(f"the reward failed ({e!r:.200}): correct the function, or the problems") from None
         with np.errstate(over="ignore"):  # beyond float32 is inf, which `es_step` leaves out
             return np.array(found, F32)
 
-    def answers(self, members: Members, problems: Sequence[Problem], temperature: float) -> list[str]:
-        """Of each member to its problem."""
-        prompts = [self.encoded[p.prompt] for p in problems]
-        return complete(members, self.vocab, prompts, self.length, temperature, self.s.stop, self.vocab.end)
+    def score(self, members: Members, problems: Sequence[Problem], temperature: float) -> tuple[list[str], np.ndarray]:
+        """What each member answers to its problem, and the rewards of that."""
+        prompts = [p.prompt for p in problems]
+        texts = complete(members, self.vocab, prompts, self.length, temperature, self.s.stop, self.vocab.end)
+        return texts, self.rewards(problems, texts)
 
     def fitness(self, members: Members) -> np.ndarray:
         """The rewards of members, of whom each group gets a problem."""
         chosen = data_words(*members.noise[:2], members.numbers // self.s.group_size) % len(self.train)
-        problems = [self.train[i] for i in chosen.tolist()]
-        return self.rewards(problems, self.answers(members, problems, self.s.temperature))
+        return self.score(members, [self.train[i] for i in chosen.tolist()], self.s.temperature)[1]
 
-    def validate(self, model: Model, team: Team) -> dict[str, float]:
+    def validate(self, model: Model, backend: Any, team: Team) -> dict[str, float]:
         """The share of held-out problems that are answered rightly, and how many characters an answer has."""
-        numbers = np.arange(len(self.held))[team.index::team.size]
-        own, members = self.held[team.index::team.size], Members(model, team, (self.s.seed, 0, 0.0), numbers)
-        texts = self.answers(members, own, self.s.temperature if self.s.eval else 0.0) if own else []
-        counts = team.gather((int((self.rewards(own, texts) >= 1).sum()), sum(map(len, texts))))
-        right, length = map(sum, zip(*counts))
+        own, counts = np.arange(len(self.held))[team.index::team.size], (0, 0)
+        if len(own):
+            members = Members(model, backend, (self.s.seed, 0, 0.0), own)
+            texts, found = self.score(members, [self.held[i] for i in own], self.s.temperature if self.s.eval else 0.0)
+            counts = int((found >= 1).sum()), sum(map(len, texts))
+        right, length = map(sum, zip(*team.gather(counts)))
         return {"val_accuracy": right / len(self.held), "answer_length": length / len(self.held)}
 
-    def sample(self, model: Model, team: Team) -> None:
+    def show(self, model: Model, backend: Any) -> None:
         """Print some answers to held-out problems."""
         some = self.held[:5]
-        members = Members(model, team, STILL, np.arange(len(some)))
-        texts = self.answers(members, some, 0.0)
-        print("--- held out")
-        for p, text, reward in zip(some, texts, self.rewards(some, texts)):
-            print(printable(f"{p.prompt}{text}   ({'right' if reward >= 1 else 'wrong'})"))
-        print("---")
+        texts, found = self.score(Members(model, backend, STILL, np.arange(len(some))), some, 0.0)
+        lines = [f"{p.prompt}{text}   ({'right' if r >= 1 else 'wrong'})" for p, text, r in zip(some, texts, found)]
+        print("--- held out", *map(printable, lines), "---", sep="\n")
+
+
+Task = TextTask | AnswerTask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training. A run is determined by its settings and files, so the same command goes on with it: nothing is lost when it
+# is killed, and no harm is done when it is started twice.
 
 
-def train(model: Model, team: Team, s: Settings, task: TextTask | AnswerTask, out: Path) -> float:
+def find_out(s: Settings, model: Model) -> tuple[Path, Model]:
+    """The folder of a run, and the model as far as it has come there; raises OSError, UserError if another is there."""
+    this, other = model.extra["run"], ["origin"]
+    for out in map(Path, [s.out] if s.out else ["out", *(f"out-{i}" for i in range(2, 10000))]):
+        if (out / "model.npz").exists():
+            there = load_model(out)
+            was = there.extra.get("run")
+            if was == this:
+                return out, there
+            other = [option(name) for name in this | was if was.get(name) != this.get(name)] if was else ["origin"]
+        elif not (out / "log.csv").exists():
+            try:
+                out.mkdir(parents=True, exist_ok=bool(s.out))
+                save_model(model, out / "model.npz")
+                return out, model
+            except FileExistsError:  # another run has made it meanwhile
+                if s.out:
+                    raise
+    raise UserError(f"{out} holds a run with another {', '.join(other)}: give the same, or another --out")
+
+
+def train(model: Model, backend: Any, team: Team, s: Settings, task: Task, out: Path) -> float:
     """Train from model.step to s.steps; returns the figure of the last validation.
 
-    Writes to `out`, before the first step, at validations and every 30 seconds: model.npz, and log.csv, rows that it
-    has, too. Raises UserError where it cannot, or was stopped.
+    Writes model.npz, and log.csv with the rows that it has, too: at the start, at validations and every 30 seconds.
     """
-    log, before, first = model.extra.setdefault("log", []), model.extra.setdefault("seconds", 0.0), model.step
+    log, before, first, began = model.extra["log"], model.extra["seconds"], model.step, time.monotonic()
     every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
-    fitness, stop = team.share(task.fitness), list[int]()
-    # mpiexec may give its processes a terminal that nobody sees
-    live = bool(sys.stdout) and sys.stdout.isatty() and team.size == 1
-    began, guard = time.monotonic(), open(os.devnull if team.index else out / "log.csv", "ab")
-    if fcntl and not team.index:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {out}: wait for it, or give another --out") from None
-        except OSError:  # a file system without locks
-            pass
-    if not team.index and (out / "model.npz").exists() and load_model(out).step != model.step:
-        raise UserError(f"another run has written to {out} meanwhile: give another --out, or --resume to go on")
+    shared = team.share(task.fitness)
 
     def save() -> float:
+        model.extra["seconds"] = before + time.monotonic() - began
         if not team.index:
-            model.extra["seconds"] = before + time.monotonic() - began
             save_model(model, out / "model.npz")
+            new = out / f"log.csv.{os.getpid()}.tmp"
             rows = [*log[:1], *(row.values() for row in log)]
-            (out / "log.csv").write_text("".join(f"{','.join(map(str, cells))}\n" for cells in rows))
-        team.gather(None)  # nobody goes on, or ends the job, before it is written
+            new.write_text("".join(f"{','.join(map(str, cells))}\n" for cells in rows))
+            os.replace(new, out / "log.csv")
         return time.monotonic()
 
-    handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)
-                if threading.current_thread() is threading.main_thread()}
-    try:
-        saved = save()  # so that it can go on, whatever happens
-        (val, *_), stopped = task.validate(model, team).values(), False
-        print(f"step {model.step}: validation {val:.3f} {task.unit}")
-        while model.step < s.steps and not stopped:
-            found, _ = es_step(model, team, s, fitness)
-            now, due, finite = time.monotonic(), model.step % every == 0 or model.step == s.steps, np.isfinite(found)
-            stopped, late = (any(flags) for flags in zip(*team.gather((bool(stop), now - saved > 30))))
-            mean = float(found[finite].mean(dtype=float)) * task.worth if finite.any() else math.nan
-            speed = (model.step - first) * per_step / (now - began)
-            if due:
-                measured = task.validate(model, team)
-                val, *_ = measured.values()
-                team.agree(f"weights in step {model.step}", model.sha256())
-                unequal = (found[::2] != found[1::2]) & finite[::2] & finite[1::2]
-                log.append({"step": model.step, "seconds": f"{before + now - began:.2f}",
-                            "tokens": model.step * per_step, task.column: f"{mean:.4f}",
-                            **{name: f"{x:.4f}" for name, x in measured.items()}, "tokens_per_s": f"{speed:.0f}",
-                            "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
-                            "equal_pairs": f"{1 - unequal.mean():.5f}"})
-            if due or late or stopped:
-                saved = save()
-            if due or stopped or live:
-                left = int((s.steps - model.step) * per_step / speed)
-                line = (f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
-                        f"{speed / 1e3:,.0f}k tokens/s  {left // 60}:{left % 60:02d} left")
-                width = None if due or stopped else shutil.get_terminal_size().columns - 1  # \r is of a terminal's line
-                print(line[:width] + "\033[K" * live, end="\r" if width else "\n", flush=True)
-    except OSError as e:
-        where = "the terminal" if isinstance(e, BrokenPipeError) else out
-        then = f"go on with --resume --out {out}" if (out / "model.npz").exists() else "start again"
-        raise UserError(f"cannot write to {where} ({e.strerror}): mend that, then {then}") from None
-    finally:
-        guard.close()
-        for n, handler in handlers.items():
-            signal.signal(n, handler)
-    if model.step < s.steps:
-        raise UserError(f"stopped at step {model.step} of {s.steps} and saved: to go on, use --resume --out {out}")
+    saved, (val, *_) = save(), task.validate(model, backend, team).values()
+    print(f"step {model.step}: validation {val:.3f} {task.unit}")
+    while model.step < s.steps:
+        fitness, _ = es_step(model, backend, s, shared)
+        now, due = time.monotonic(), model.step % every == 0 or model.step == s.steps
+        finite, speed = np.isfinite(fitness), (model.step - first) * per_step / (now - began)
+        mean = float(fitness[finite].mean(dtype=float)) * task.worth if finite.any() else math.nan
+        if due:
+            figures = task.validate(model, backend, team)
+            val, *_ = figures.values()
+            team.agree(f"weights in step {model.step}", model.sha256())
+            unequal = (fitness[::2] != fitness[1::2]) & finite[::2] & finite[1::2]
+            log.append({"step": model.step, "seconds": f"{before + now - began:.2f}",
+                        "tokens": model.step * per_step, task.column: f"{mean:.4f}",
+                        **{name: f"{x:.4f}" for name, x in figures.items()}, "tokens_per_s": f"{speed:.0f}",
+                        "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
+                        "equal_pairs": f"{1 - unequal.mean():.5f}"})
+        if team.gather(due or now - saved > 30)[0]:
+            saved, left = save(), int((s.steps - model.step) * per_step / speed)
+            print(f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+                  f"{speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left")
     return val
 
 
-def steps_for(minutes: float, model: Model, team: Team, s: Settings, task: TextTask | AnswerTask) -> int:
+def steps_for(minutes: float, model: Model, backend: Any, team: Team, s: Settings, task: Task) -> int:
     """How many steps take this long here, from a few steps of a copy."""
-    trial, ends = replace(model, q=model.q.copy(), residual=model.residual.copy()), list[float]()
-
-    def report(*_: np.ndarray) -> bool:
-        ends.append(time.monotonic())
-        return any(team.gather(len(ends) > 2 and ends[-1] - ends[0] > 0.6 * minutes))  # the first step warms up
-
-    evolve(trial, team.share(task.fitness), replace(s, steps=2**31), team, report)
-    return team.gather(max(1, round((len(ends) - 1) * 60 * minutes / (ends[-1] - ends[0]))))[0]
+    trial, shared = replace(model, q=model.q.copy(), residual=model.residual.copy()), team.share(task.fitness)
+    es_step(trial, backend, s, shared)  # warms up
+    began, steps, seconds = time.monotonic(), 0, 0.0
+    while not seconds or seconds < 0.6 * minutes:
+        es_step(trial, backend, s, shared)
+        steps, seconds = steps + 1, team.gather(time.monotonic() - began)[0]
+    return max(1, round(60 * minutes * steps / seconds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2638,161 +2634,115 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     def refuse(message: str) -> None:
         raise UserError(f"{message}; --help lists the options")
 
+    if "--resume" in argv:
+        raise UserError("the same command goes on with a run: leave --resume out")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0],
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = refuse
     source = inspect.getsource(Settings) + inspect.getsource(ES)
-    for name, remark in re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE):
-        default = getattr(Settings, name)
-        how = {"action": "store_true"} if default is False else {"type": type(default)}
+    for name, kind, remark in re.findall(r"^    (\w+): (\w+).*  # (.*)$", source, re.MULTILINE):
+        default, types = getattr(Settings, name), {"str": str, "int": int, "float": float}
+        how = {"action": "store_true"} if kind == "bool" else {"type": types[kind]}
         parser.add_argument(option(name), help=remark + f" ({default})" * bool(default), **how)
     given = vars(parser.parse_args(argv))
-    if [] in given.values():  # what argparse makes of --option=-- before Python 3.13
-        refuse("-- is no value")
-    for name in given if "resume" not in given else ():  # `resume` itself refuses others than the run has
-        if not given.keys() & NEEDS.get(name, given.keys()):
-            needed = " or ".join(map(option, NEEDS[name]))
-            raise UserError(f"{option(name)} goes with {needed}: add that, or leave it out")
-        if clash := given.keys() & CLASHES.get(name, ()):
-            raise UserError(f"{option(name)} does not go with {option(min(clash))}: leave one of them out")
+    for name in given:
+        if not given.keys() & ONLY_WITH.get(name, given.keys()):
+            refuse(f"{option(name)} goes with {' or '.join(map(option, ONLY_WITH[name]))}: add that, or leave it out")
+        if clash := given.keys() & NEVER_WITH.get(name, ()):
+            refuse(f"{option(name)} does not go with {option(min(clash))}: leave one of them out")
     paths = given.keys() & {"data", "valid", "load", "task", "reward"}
-    return given | {name: os.path.abspath(given[name]) for name in paths}  # so that --resume works anywhere
+    return given | {name: os.path.abspath(given[name]) for name in paths}  # a model finds its text from anywhere
 
 
-def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
-    """Settings, model and tokens of a new run; raises UserError."""
+def begin(given: dict[str, Any]) -> tuple[Settings, Model, Vocab, tuple[bytes, bytes]]:
+    """Settings, model, tokens and texts of a run at its start; raises OSError and UserError."""
     s = Settings(**given)
     if s.load:
         model = load_model(s.load)
         vocab, was = vocab_of(model), model.extra.get("settings", {})
         same = {"tokens"} | (set() if given.keys() & {"task", "data", "valid"} else {"data", "valid"})
-        usual = {name: was[name] for name in same if name in was} | (ANSWERS if s.task else {})
-        s = replace(s, **usual | given)
-    else:
+        s = replace(s, **{name: was[name] for name in same & was.keys()} | (ANSWERS if s.task else {}) | given)
+    texts = (b"", b"") if s.task or "sample" in given and not s.eval else read_text(s.data or DATA, s.valid)
+    if not s.load:
         s = replace(s, vocab=s.vocab or ("bytes" if s.task else "2048"))
         if s.vocab != "bytes" and not (s.vocab.isdecimal() and 1 <= int(s.vocab) <= 4096):
             raise UserError(f"--vocab {s.vocab} cannot be learned: choose 1 to 4096, or bytes")
-        if s.data and os.path.getsize(s.data) > 2**24:
-            note(f"{s.data} is large: the first step begins after some seconds")
-        vocab = Vocab() if s.vocab == "bytes" else learn_vocab(*read_text(s.data or DATA, s.valid), int(s.vocab))
+        vocab = Vocab() if s.vocab == "bytes" else learn_vocab(*texts, int(s.vocab))
         model = new_model(Config(s.dim, s.layers, s.head_size, len(vocab.tokens)), s.seed)
     s = replace(s, freeze="emb,head" if vocab.world and "freeze" not in given else s.freeze)
     frozen = set[str]()
     for part in filter(None, map(str.strip, s.freeze.split(","))):
-        found = [name for name in model.cfg.params if fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")]
-        if not found:
+        names = [name for name in model.cfg.params if fnmatch.fnmatchcase(f".{name}.", f"*.{part}.*")]
+        if not names:
             raise UserError(f"--freeze {part} names no parameter: give parts of names, like emb, att.w* or ln1")
-        frozen.update(found)
+        frozen.update(names)
     model.cfg, model.step = replace(model.cfg, freeze=tuple(sorted(frozen))), 0
-    model.extra = {"settings": asdict(s), "tokens": [t.decode("latin-1") for t in vocab.tokens], "merges": vocab.merges}
-    return s, model, vocab
-
-
-def resume(given: dict[str, Any]) -> tuple[Settings, Model, Vocab]:
-    """The same of the run in --out, where it stands; raises UserError."""
-    if "out" not in given:
-        raise UserError("--resume needs the folder of the run: add --out")
-    path = Path(given["out"]) / "model.npz"
-    if not path.exists():
-        raise UserError(f"{given['out']} holds no run: give the --out of one, or start it without --resume")
-    model = load_model(path)
-    was = model.extra.get("settings")
-    if not was:
-        raise UserError(f"{path} is not from a training run: start one with --load {path}")
-    if was.keys() != asdict(Settings()).keys():
-        raise UserError(f"the run in {given['out']} is of another version: use that, or start one with --load {path}")
-    for name, value in given.items():
-        if name not in FREE and value != was[name]:
-            raise UserError(f"{option(name)} {value} is not the {was[name] or 'default'} of the run in {given['out']}: "
-                            "leave it out to go on with that run, or start another")
-    s = Settings(**was | {name: given[name] for name in FREE if name in given})
-    for name, sha256 in hashes(s).items():
-        if sha256 != model.extra["files"].get(name):
-            raise UserError(f"{option(name)} {getattr(s, name) or DATA} is not what the run in {s.out} began with: put "
-                            f"that back, or start a new run with --load {path}")
-    return s, model, vocab_of(model)
-
-
-def hashes(s: Settings) -> dict[str, str]:
-    """SHA-256 of the files that a run reads."""
-    paths = {"task": s.task} if s.task else {"data": s.data or DATA, "valid": s.valid}
-    return {name: hashlib.sha256(read_bytes(path)).hexdigest() for name, path in paths.items() if path}
-
-
-def prepare_out(out: str) -> Path:
-    """A writable folder with no run in it; raises UserError and OSError."""
-    for path in [Path(out)] if out else [Path("out"), *(Path(f"out-{i}") for i in range(2, 1000))]:
-        files = [path / name for name in ("model.npz", "log.csv")]
-        if not any(file.exists() and file.stat().st_size for file in files):
-            path.mkdir(parents=True, exist_ok=True)
-            files[-1].touch()
-            return path
-    raise UserError(f"{path} already holds a run, which would be lost: give another --out, or --resume to go on")
+    return s, model, vocab, texts
 
 
 def run(given: dict[str, Any], team: Team) -> None:
     """Do what the command line says; raises UserError and OSError."""
-    s, model, vocab = (resume if "resume" in given else begin)(given)
-    measuring, threads = given.keys() & {"eval", "sample"}, s.threads or max(1, cores() // team.sharing)
-    if "resume" not in given:
-        model.extra["files"] = {} if measuring else hashes(s)
-    team.agree("options, files or weights", (asdict(replace(s, backend="", threads=0)), model.extra["files"],
-                                             model.step, model.sha256(), model.scale.tobytes()))
-    if not measuring:
+    s, model, vocab, texts = begin(given)
+    threads = s.threads or max(1, cores() // team.sharing)
+    if not given.keys() & {"eval", "sample"}:
         print(f"RWKV-7 of {len(model.q):,} int8 weights, {model.cfg.vocab} tokens, population {s.population}, "
               f"{s.task or s.data or DATA}")
         if team.size > s.population // 2:
             raise UserError(f"--population {s.population} has fewer pairs than there are processes: start fewer")
-    if s.eval or not measuring:
-        task = (AnswerTask if s.task else TextTask)(s, vocab)
-    team.lead(make_backend(s.backend or None, model.cfg, s.rank, threads, team.device))
-    if "sample" in given and not team.index:
-        write_sample(model, team, vocab, s.seed, s.sample, s.length or 400, given.get("temperature", 0.7), s.stop)
-    if s.eval:
-        figure, *_ = task.validate(model, team).values()
-        print(f"{task.unit} {figure:.4f}")
-    if measuring:
+    backend = make_backend(s.backend or None, model.cfg, s.rank, threads, team.device)
+    if "sample" in given:
+        write_sample(model, backend, vocab, s.seed, s.sample, s.length or 400, given.get("temperature", 0.7), s.stop)
+    if "sample" in given and not s.eval:
         return
-    if "resume" not in given:
-        s = replace(s, out=str(team.gather(None if team.index else prepare_out(s.out))[0]))
-        if s.minutes:
-            s = replace(s, steps=steps_for(s.minutes, model, team, s, task))
-            print(f"--minutes {s.minutes:g} is --steps {s.steps} at this speed")
-    model.extra["settings"] = asdict(s)
-    print(f"backend {team.backend.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
+    task = AnswerTask(s, vocab) if s.task else TextTask(s, vocab, *texts)
+    files = task.files | ({"load": model.q.tobytes() + model.residual.tobytes()} if s.load else {})
+    this = {name: value for name, value in asdict(s).items() if name not in FREE}
+    this |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}  # wherever they are
+    team.agree("options, files or weights", (this, model.sha256(), model.scale.tobytes()))
+    if s.eval:
+        figure, *_ = task.validate(model, backend, team).values()
+        print(f"{task.unit} {figure:.4f}")
+        return
+    tokens = [token.decode("latin-1") for token in vocab.tokens]
+    model.extra = {"run": this, "settings": asdict(s), "tokens": tokens, "merges": vocab.merges, "log": [],
+                   "seconds": 0.0}
+    out, model = team.gather(None if team.index else find_out(s, model))[0]
+    if s.minutes and not model.step:
+        steps = steps_for(s.minutes, model, backend, team, s, task)
+        print(f"--minutes {s.minutes:g} is --steps {steps} at this speed")
+        model.extra["settings"]["steps"] = steps
+    s = replace(s, steps=model.extra["settings"]["steps"])
+    print(f"backend {backend.name}, {threads} threads" + f", {team.size} processes" * (team.size > 1))
     if s.task and not team.index:
-        task.sample(model, team)  # to see what changes
-    figure = train(model, team, s, task, Path(s.out))
+        task.show(model, backend)  # to see what changes
+    figure = train(model, backend, team, s, task, out)
     if not team.index:
-        task.sample(model, team)
-    print(f"model {Path(s.out) / 'model.npz'}\n{task.unit} {figure:.4f}\nweights sha256 {model.sha256()}")
+        task.show(model, backend)
+    print(f"model {out / 'model.npz'}\n{task.unit} {figure:.4f}\nweights sha256 {model.sha256()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 for what the user can mend."""
+    """Run the command line; returns the exit code: 0 done, 2 for what the user can mend, 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a sample may hold what a terminal cannot show
-    team, given, code = Team(), dict[str, Any](), 2
+    team, code = Team(), 2
     try:
         team = Team(mpi())
         if team.index:
             sys.stdout = open(os.devnull, "w")
-        given = parse(sys.argv[1:] if argv is None else argv)
-        run(given, team)
+        run(parse(sys.argv[1:] if argv is None else argv), team)
         return 0
+    except BrokenPipeError:  # as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        message = "nobody reads what is printed; the same command goes on"
     except UserError as e:
         message = str(e)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
-        if given.keys() & {"sample", "eval"}:
-            return 0
-        message = "nobody reads what is printed: send it to a file"
     except OSError as e:
-        message = f"cannot use {e.filename or 'a file'} ({e.strerror or e}): mend that, or give another path"
+        message = f"{e}: mend that, and the same command goes on"
     except MemoryError as e:
         message = f"too little memory ({e}): choose smaller --dim, --layers or --population"
     except KeyboardInterrupt:
-        message, code = "stopped", 130
+        message, code = "stopped; the same command goes on from where the run was saved, at most 30 seconds ago", 130
     except Exception:
         if not team.comm:
             raise

@@ -30,7 +30,7 @@ import nano_eggroll as E
 STEPS, SEEDS = 500, range(3)
 rng = np.random.default_rng(0)
 initial, usual_rate, usual_signs, usual_factors = E.new_model, E.ES.rate, E.signs, E.factors
-usual_move = E.move
+usual_learn = E.learn
 
 
 def bits(levels: int) -> dict[str, Any]:
@@ -59,17 +59,17 @@ def weights(*parts: str) -> dict[str, Any]:
 
 def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any]:
     """Another update: change(model, Z of unit variance, learning rate)."""
-    def move(model: E.Model, backend: E.Backend, es: E.ES, f: np.ndarray, credit: E.Credit | None) -> None:
+    def learn(model: E.Model, backend: Any, es: E.ES, f: np.ndarray, credit: E.Credit | None) -> None:
         zero = replace(model, q=np.zeros_like(model.q), residual=np.zeros_like(model.residual))
-        usual_move(zero, backend, replace(es, lr=1.0, steps=2**31), f, credit)
+        usual_learn(zero, backend, replace(es, lr=1.0, steps=2**31), f, credit)
         change(model, zero.q + zero.residual / 2**15, es.rate(model.step))
         model.step += 1
-    return {"move": move}
+    return {"learn": learn}
 
 
-def add(model: E.Model, move: np.ndarray) -> None:
-    """Error feedback, as the file does it, of a move in int8 steps."""
-    E.feed_back(model.q, model.residual, move * 2**15)
+def add(model: E.Model, change: np.ndarray) -> None:
+    """Error feedback, as the file does it, of a change in int8 levels."""
+    E.feed_back(model.q, model.residual, change * 2**15)
 
 
 def threshold(model: E.Model, Z: np.ndarray, lr: float) -> None:

@@ -35,6 +35,8 @@ Weights = dict[str, torch.Tensor]  # float32 [out, cols] or [out], by the names 
 State = list[torch.Tensor]  # two token shifts [L, B, D] and S [L, B, H, N (value), N (key)], as in nano_eggroll.py
 STOP = 10  # the newline that ends an answer; tokens are bytes
 SEGMENT = 128  # bytes of a text to predict at once
+GROUP = 4  # answers to a problem
+GUESS = 0.75  # share of the last documents that guess
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -49,9 +51,8 @@ def initial(cfg: E.Config, seed: int) -> Weights:
 
 def load(path: Path) -> tuple[E.Config, Weights]:
     """A model of bytes from an official .safetensors; raises UserError and OSError."""
-    with convert.reading(path, "RWKV-7", convert.OTHER_FILE), open(path, "rb") as file:
-        tensors = convert.official(convert.read_safetensors(file))
-        cfg = convert.official_config(tensors)
+    cfg, tensors = convert.checkpoint(path)
+    with convert.reading(path, "RWKV-7", convert.OTHER_FILE):
         found = {n: torch.tensor(convert.entries(p, tensors[n])) for n, p in cfg.params.items()}
     return cfg, {n: (w if cfg.params[n].cols else w[:, 0]).contiguous().requires_grad_() for n, w in found.items()}
 
@@ -161,7 +162,7 @@ Texts = tuple[list[Text], dict[str, float]]
 def pretrain(a: argparse.Namespace, rng: random.Random, progress: float) -> Texts:
     """Documents of Countdown. More and more of them guess; from a model (--load), all think."""
     problems = filter(lambda one: countdown.tenth(one) > 1, iter(lambda: countdown.problem(rng), None))
-    guess = 0 if a.load else a.guess * progress  # above: the first tenth is held out, the second one is for tuning
+    guess = 0 if a.load else GUESS * progress  # above: the first tenth is held out, the second one is for tuning
     return [(one["prompt"].encode(), (countdown.document(rng, one, guess) + "\n").encode(), 1 / a.batch)
             for one in itertools.islice(problems, a.batch)], {}
 
@@ -173,10 +174,10 @@ def grpo(a: argparse.Namespace, rng: random.Random, cfg: E.Config, W: Weights, t
     Of each problem a group of answers is drawn; the advantage of an answer is its reward less the mean of its group,
     over their deviation, and the loss is the mean of advantage x nats over all bytes written.
     """
-    problems = [one for one in rng.choices(task.train, k=a.batch // a.group) for _ in range(a.group)]
+    problems = [one for one in rng.choices(task.train, k=a.batch // GROUP) for _ in range(GROUP)]
     prompts = [one.prompt.encode() for one in problems]
     answers = generate(cfg, W, prompts, task.length, 1.0, dice)
-    rewards = task.rewards(problems, [answer.decode(errors="replace") for answer in answers]).reshape(-1, a.group)
+    rewards = task.rewards(problems, [answer.decode(errors="replace") for answer in answers]).reshape(-1, GROUP)
     spread = rewards.std(1, keepdims=True)
     advantages = ((rewards - rewards.mean(1, keepdims=True)) / (spread + 1e-4)).ravel().tolist()
     total = sum(len(answer) for answer, advantage in zip(answers, advantages) if advantage) or 1
@@ -269,17 +270,15 @@ def main() -> None:
     p.add_argument("--steps", type=int, help=f"updates; this, --batch and --lr are else {USUAL}")
     p.add_argument("--batch", type=int, help="documents, answers or segments to a step")
     p.add_argument("--lr", type=float, help="learning rate at first; it falls to 0")
-    p.add_argument("--group", type=int, default=4, help="answers to a problem (4), a divisor of --batch")
-    p.add_argument("--guess", type=float, default=0.75, help="share of the last documents that guess (0.75)")
     p.add_argument("--every", type=int, help="steps from one validation to the next (a twentieth of all)")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     for name, value in USUAL[a.way].items():
         setattr(a, name, getattr(a, name) or value)
-    if (min(a.steps, a.batch, a.group, a.every or 1) < 1 or (a.way == "grpo" and a.batch % a.group) or not 0 < a.lr < 1
-            or not 0 <= a.guess <= 1 or not 0 <= a.seed < 2**32):
-        p.error("one is out of range: --steps, --batch, --every from 1, --group a divisor of --batch, --lr and --guess "
-                "0 to 1, --seed from 0")
+    if (min(a.steps, a.batch, a.every or 1) < 1 or (a.way == "grpo" and a.batch % GROUP) or not 0 < a.lr < 1
+            or not 0 <= a.seed < 2**32):
+        p.error(f"out of range: --steps, --batch (of grpo, a multiple of {GROUP}) and --every from 1, --lr 0 to 1, "
+                "--seed from 0")
     torch.set_num_threads(1)  # so small a model gains nothing from more
     rng, dice = random.Random(a.seed), torch.Generator().manual_seed(a.seed)
     try:

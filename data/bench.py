@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ OPTIONS = "dim", "layers", "head_size", "population", "rank", "tokens", "backend
 PEAK = {"75": 2048, "80": 4096, "86": 2048, "89": 2048, "90": 8192, "100": 16384}
 
 
-def begin(s: E.Settings) -> tuple[E.Model, E.Backend, np.ndarray]:
+def begin(s: E.Settings) -> tuple[E.Model, Any, np.ndarray]:
     """A new model, its backend, a random text of its tokens; raises UserError."""
     cfg = E.Config(s.dim, s.layers, s.head_size)
     text = (E.mix(np.arange(2**20)) % cfg.vocab).astype(np.uint16)
@@ -58,20 +59,22 @@ def measure_first_step(given: dict) -> None:
     print(f"peak memory of that process: {done.stdout}")
 
 
-def ways(s: E.Settings, model: E.Model, backend: E.Backend, text: np.ndarray, full: int,
+def ways(s: E.Settings, model: E.Model, backend: Any, text: np.ndarray, full: int,
          writing: bool) -> dict[str, tuple[int, Callable]]:
     """What is measured: name -> how many runs of T tokens it has, and a function that does them."""
     P, T, most, pairs = s.population, s.tokens, max(s.population, full), max(1, s.population // (2 * full))
     start = np.arange(most) * (T + 1) if writing else E.segments(text, T, s.seed, 0, np.arange(most) // 2)
-    text, given = (np.zeros(most * (T + 1), np.uint16), 1) if writing else (text, T + 1)
+    text = np.zeros(most * (T + 1), np.uint16) if writing else text
     trained, still = replace(model, q=model.q.copy(), residual=model.residual.copy()), (0, 0, 0.0)
 
     def play(model: E.Model, runs: int, noise: tuple[int, int, float]) -> np.ndarray:
-        tokens = np.full(runs, given, np.int32)
-        return backend.play(model, text, start[:runs], T, np.arange(runs), noise, tokens, T)
+        if not writing:
+            return backend.score(model, text, start[:runs], T, np.arange(runs), noise)
+        backend.write(model, text, start[:runs], np.ones(runs, np.int32), T, np.arange(runs), noise)
+        return text.reshape(most, T + 1)[:runs].sum(1)  # a fitness as good as any
 
     def fitness(members: E.Members) -> np.ndarray | E.Credit:
-        return -play(trained, P, members.noise) if writing else members.credit(text, start[:P], T)
+        return play(trained, P, members.noise) if writing else E.credit_of(members, text, start[:P], T)
 
     def naive(runs: int) -> None:
         for pair in range(pairs):
@@ -88,7 +91,7 @@ def ways(s: E.Settings, model: E.Model, backend: E.Backend, text: np.ndarray, fu
     }
 
 
-def measure(s: E.Settings, model: E.Model, backend: E.Backend, text: np.ndarray, seconds: float) -> None:
+def measure(s: E.Settings, model: E.Model, backend: Any, text: np.ndarray, seconds: float) -> None:
     """Print the table and what follows from it."""
     cfg, launch, threads = model.cfg, getattr(backend, "launch", None), s.threads or E.cores()
     gpu = launch.cupy.cuda.Device() if backend.name == "cuda" else None
