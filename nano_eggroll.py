@@ -4,7 +4,7 @@
 # ///
 """nano_eggroll: train an int8 RWKV-7 language model with EGGROLL, in one file, without backpropagation.
 
-    python nano_eggroll.py                              train on data/tales.txt (two minutes on 2 cores), then write
+    python nano_eggroll.py                              train on data/tales.txt (two to four minutes), then write
     python nano_eggroll.py --data book.txt --minutes 10         train on your own text
     python nano_eggroll.py --load out/model.npz --sample "Once upon"
     python nano_eggroll.py --load model.npz --task problems.jsonl --reward my.py:reward     train on rewards
@@ -12,20 +12,20 @@
 
 EGGROLL ("Evolution Strategies at the Hyperscale", arXiv 2511.16652) in four lines:
   1. Member 2i of a population is the model plus c A_i B_i^T in every matrix, member 2i+1 is the model minus it; A_i and
-     B_i are thin +-1 matrices rebuilt from a seed. As x (W + c A B^T)^T = x W^T + c (x B) A^T, one product with W
-     serves all members alike, a member's own part is cheap, and no noise is kept.
+     B_i are thin +-1 matrices rebuilt from a seed, c a small number. As x (W + c A B^T)^T = x W^T + c (x B) A^T, one
+     product with W serves all members alike, a member's own part is cheap, and no noise is kept.
   2. Both members of a pair read the same text; f_i says how much better the first one predicted it.
   3. Every weight moves along sum_i f_i A_i B_i^T, one integer matrix product over the population. On average that is
      the direction of the gradient, since different entries of A_i B_i^T are uncorrelated.
   4. The weights are int8 and stay int8; what is too small for a whole level waits in an int16 residual.
-This project adds one idea, which learns the same from a tenth of the tokens: a row of the embedding or of the head
-answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it.
+This project adds one idea, by which words are learned from a tenth of the tokens or less: a row of the embedding or of
+the head answers for its own tokens only ("Who answers for what", below). --credit text is EGGROLL without it.
 
 Three parts, with double rulers between them: the method in numpy, complete, which trains on its own (EGGROLL, then
 RWKV-7, then its text); the same, fast, as a kernel for gcc, clang and CUDA, with the same bits; the tool around it.
 
-One set of letters for shapes, in Python and in the kernel: P population (members), T tokens, D width, L layers,
-H heads, N head size, F width of the channel mix, V vocabulary, R rank.
+Shapes have the same letters everywhere: P population (members), T tokens, D width, L layers, H heads, N head size,
+F width of the channel mix, V vocabulary (VOCAB in the kernel), R rank.
 """
 
 from __future__ import annotations
@@ -187,10 +187,10 @@ LowRank = dict[str, list[tuple[np.ndarray, np.ndarray]]]  # name -> (c A [P, out
 def factors(cfg: Parameters, p: Param, keys: Keys, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """A [n, R, out] and B [n, R, cols] of the rank-R perturbation c A B^T of parameter p, int8; B of a vector is 1.
 
-    The stream of a pair holds A and B of the first parameter, of the second one, ..., each from a new word on; all that
-    comes R times, so that the first column is that of rank 1.
+    The stream of a pair holds the first columns of A and B of the first parameter, of the second one, ..., each from a
+    new word on, then all second columns, and so on.
     """
-    at = [p.word + k * cfg.sizes.words for k in range(rank)]  # the k-th column has its own stretch of the stream
+    at = [p.word + k * cfg.sizes.words for k in range(rank)]
     A = np.stack([signs(keys, w, p.out) for w in at], 1)
     if not p.cols:
         return A, np.ones((len(A), rank, 1), np.int8)
@@ -381,8 +381,8 @@ def learn(model: Model, backend: Any, es: ES, f: np.ndarray, credit: Credit | No
 def es_step(model: Model, backend: Any, es: ES, fitness: Fitness) -> tuple[np.ndarray, np.ndarray]:
     """One step of EGGROLL (algorithm 1 of the paper): changes the model.
 
-    Returns the members' scores, int32 or float32 [P], and what they come to for each pair, int8 [P/2]. A pair with a
-    score that is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each or
+    Returns the members' scores, int32 or float32 [P], and the fitness of each pair, int8 [P/2]. A pair with a score
+    that is not finite counts as equal. Raises UserError where `fitness` returns anything but a number for each or
     a Credit, or the backend is of another rank.
     """
     if backend.rank != es.rank:
@@ -501,14 +501,14 @@ class Config(Parameters):
 
     @cached_property
     def rows(self) -> list[Param]:
-        """Those of them whose rows belong to tokens."""
+        """The trained ones whose rows belong to tokens."""
         return [p for p in self.trained if p.name in ROWS]
 
 
 def new_model(cfg: Config, seed: int) -> Model:
     """Initial weights: every block is the identity (output and ffn.value are zero), and the head is zero.
 
-    So are w1, a1, v1: decay, learning rate and value residual are at first the same for all tokens.
+    w1, a1 and v1 are zero, too: decay, learning rate and value residual are at first the same for all tokens.
 
     Matrices are normal deviates of standard deviation 16, rounded to int8, of row scale 1/(16 sqrt(cols)), so that W x
     keeps the size of x. Vectors follow the official RWKV-7 formulas. The deviate is the sum of four bytes of the noise
@@ -736,7 +736,8 @@ def choose(logits: np.ndarray, keys: Keys, word: int, temperature: float) -> np.
 # scaled to one size, less of each is learning. So the credit F_i[v] of row v is how much less the first member of pair
 # i pays
 #     embedding: for the token right after v was read, plus half of that for the next one, a quarter, an eighth
-#     head: for the tokens that are v, or for which v has a probability of 1/32 or more (else rows only ever go up)
+#     head: for the tokens that are v, or for which v has a probability of 1/32 or more (else rows only ever go up),
+#           once for each of the two members of which that is true
 # and row v moves along sum_i F_i[v] A_i[v] B_i, divided by the norm of F[v] over the pairs. All other weights move as
 # in the paper. What is left out, later and small effects, is a little signal and a lot of noise.
 
@@ -758,7 +759,7 @@ class Credit(NamedTuple):
 
 def answer_for(F: np.ndarray, logits: np.ndarray, read: list[np.ndarray], target: np.ndarray,
                cost: np.ndarray) -> None:
-    """Add what one token says of the rows to their credits F, int32 [2, V, P/2], in 1/4096 bit.
+    """Add what one token says of the rows to their credits F, int32 [2, V, P/2], in 1/4096 bit (halves round down).
 
     logits: float32 [P, V], of members who are pairs; read: the last tokens, int [P/2] each, latest first; target, cost:
     the token that came, int64 [P], and what it cost each, int32 [P].
@@ -785,10 +786,12 @@ def learn_rows(model: Model, rank: int, rate: float, credit: Credit) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # A population that reads and writes. Part 2 has the same methods as a kernel.
 
-def check_runs(cfg: Config, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray, given: Any = 1) -> None:
+def check_runs(cfg: Config, text: np.ndarray, start: np.ndarray, T: int, member: np.ndarray,
+               given: np.ndarray | None = None) -> None:
     """Raises UserError where `score` or `write` would read what is not there; arguments as there."""
     if (text.dtype != np.uint16 or not text.flags.c_contiguous or text.max(initial=0) >= cfg.vocab or T > LONGEST
-            or start.shape != member.shape or (start < 0).any() or (start + T >= len(text)).any() or np.min(given) < 1):
+            or start.shape != member.shape or (start < 0).any() or (start + T >= len(text)).any()
+            or given is not None and (given.min() < 1 or not text.flags.writeable)):
         raise UserError(f"a text is empty, over {LONGEST} tokens long, beyond its array, or unknown to the model")
 
 
@@ -984,7 +987,7 @@ typedef long long i64;
   #define SWAPS (WARPS * 8 * 36 * 4)
   #define FAST(type, other) (sizeof(type) + SWAPS <= SHARED ? (type *)((char *)shared_memory + SWAPS) : (other))
   #define SLOT(type) ((type *)scratch + blockIdx.x)
-  #define ROWS 16                                 // accumulators of a product, see `matmul`
+  #define SUMS 16                                 // accumulators of a product, see `matmul`
   #define BIAS 0                                  // what is added to weights to make them unsigned
   #define splat(x) (x)
   #define isplat(x) (x)
@@ -1024,13 +1027,13 @@ typedef long long i64;
   #endif
   #ifdef __AVX512VNNI__
     #define LANES 16
-    #define ROWS 16
+    #define SUMS 16
     #define BIAS 128                              // vpdpbusd multiplies unsigned by signed bytes
     #define dot4(acc, x, w) ((vi)_mm512_dpbusd_epi32((__m512i)(acc), (__m512i)(w), (__m512i)(x)))
     #define VECTOR(op) _mm512_##op##_ps
   #elif defined __AVX2__
     #define LANES 8
-    #define ROWS 8
+    #define SUMS 8
     #define VECTOR(op) _mm256_##op##_ps
     #ifdef __AVXVNNI__
       #define BIAS 128
@@ -1043,7 +1046,7 @@ typedef long long i64;
     #endif
   #else
     #define LANES 4
-    #define ROWS 8
+    #define SUMS 8
     #define BIAS 0
     #ifdef __ARM_NEON
       #define VECTOR(op) v##op##q_f32
@@ -1273,11 +1276,11 @@ KERNEL pack(const i8 *weights, i8 *packed, int first, int last, void *scratch) {
 }
 
 // acc[e][j] += row j of packed weights, cols long, times the codes q of each lane of token e
-INLINE void product(vi acc[][ROWS], const int tokens, const int rows, const i8 *w, const codes *q, int stride,
+INLINE void product(vi acc[][SUMS], const int tokens, const int rows, const i8 *w, const codes *q, int stride,
                     int cols) {
 #ifdef MMA  // Which bytes of x and w meet is free, as long as they belong together: a thread takes two words of a row.
             // What it gets are results of other rows and lanes (see the PTX manual), which pass through fast memory.
-  int c[TOGETHER][ROWS / 8][2][4] = {}, (*swap)[36] = (int (*)[36])shared_memory + WARP * 8;
+  int c[TOGETHER][SUMS / 8][2][4] = {}, (*swap)[36] = (int (*)[36])shared_memory + WARP * 8;
   const int lane = LANE / 4, word = LANE % 4 * 2;
   for (int k = 0; k < cols; k += 32, w += 256) UNROLL for (int g = 0; g < rows / 8; g++) {
     const int2 row = *(const int2 *)(w + g * 8 * cols + 8 * LANE);
@@ -1311,10 +1314,10 @@ INLINE void tiles(Call *m, const int tokens, const int rows, fs *y, Tensor t) {
   Fast *f = m->f;
   EACH(tile, (t.out + rows - 1) / rows) {
     const int o = tile * rows, cols = PAD(t.cols);
-    vi acc[TOGETHER][ROWS];
+    vi acc[TOGETHER][SUMS];
     UNROLL for (int e = 0; e < tokens; e++) UNROLL for (int j = 0; j < rows; j++) acc[e][j] = f->sum[e] * -BIAS;
     product(acc, tokens, rows, m->packed + t.pack + PACKED_AT(o, 0, cols), f->q[0], CODES, cols);
-    vf z[TOGETHER][ROWS], x_scale[TOGETHER];
+    vf z[TOGETHER][SUMS], x_scale[TOGETHER];
     UNROLL for (int e = 0; e < tokens; e++) x_scale[e] = f->scale[e];
     UNROLL for (int e = 0; e < tokens; e++) UNROLL for (int j = 0; j < rows; j++) z[e][j] = I2F(acc[e][j]);
     if (NOISY(t)) UNROLL for (int k = 0; k < R; k++) {
@@ -1331,10 +1334,10 @@ INLINE void tiles(Call *m, const int tokens, const int rows, fs *y, Tensor t) {
   SYNC;
 }
 
-// Of n tokens. There are registers for ROWS accumulators: ROWS rows of one token, or half as many of two.
+// Of n tokens. There are registers for SUMS accumulators: SUMS rows of one token, or half as many of two.
 FUNCTION void matmul(Call *m, int n, fs *y, Tensor t) {
-  if (n == TOGETHER) tiles(m, TOGETHER, ROWS / TOGETHER, y, t);
-  else tiles(m, 1, ROWS, y, t);
+  if (n == TOGETHER) tiles(m, TOGETHER, SUMS / TOGETHER, y, t);
+  else tiles(m, 1, SUMS, y, t);
 }
 
 INLINE void linear(Call *m, int n, fs *y, const fs *x, Tensor t) {
@@ -1679,11 +1682,11 @@ INLINE void accumulate(Update *s, Tensor t, int row, int k, int stride, int digi
       sum = dot4(sum, s->B[WARP][q], isplat(0x01010101));
     }
     SYNC_WARP;
-    for (int j = 0; j < rows; j += ROWS) {
-      vi acc[1][ROWS];
-      UNROLL for (int i = 0; i < ROWS; i++) acc[0][i] = sum * -BIAS;
-      product(acc, 1, ROWS, s->fA + PACKED_AT(j, 0, PAIRS), s->B[WARP], 0, PAIRS);
-      UNROLL for (int i = 0; i < ROWS; i++) s->Z[j + i][block] = s->Z[j + i][block] + (acc[0][i] << 8 * digit);
+    for (int j = 0; j < rows; j += SUMS) {
+      vi acc[1][SUMS];
+      UNROLL for (int i = 0; i < SUMS; i++) acc[0][i] = sum * -BIAS;
+      product(acc, 1, SUMS, s->fA + PACKED_AT(j, 0, PAIRS), s->B[WARP], 0, PAIRS);
+      UNROLL for (int i = 0; i < SUMS; i++) s->Z[j + i][block] = s->Z[j + i][block] + (acc[0][i] << 8 * digit);
     }
   }
 }
@@ -1844,7 +1847,7 @@ class KernelBackend:
              logits: np.ndarray | None = None, credit: Any = None, given: np.ndarray | None = None, length: int = 0,
              temperature: float = 0.0, stop: int = -1) -> None:
         """The kernel of `score` and `write`; credit is where it runs."""
-        check_runs(self.cfg, text, start, T, member, 1 if given is None else given)
+        check_runs(self.cfg, text, start, T, member, given)
         (seed, step, sigma), n, V = noise, len(start), self.cfg.vocab
         start, member = (np.ascontiguousarray(a, np.int64) for a in (start, member))
         self.check(model, (given, np.int32, (n,)), (logits, F32, (n, T, V)), (credit, np.int16, (2, V, n / 2)),
@@ -1961,15 +1964,15 @@ class CLauncher:
     def __call__(self, name: str, which: range, args: tuple, out: list) -> None:
         """Run batches or units of a kernel; it writes to the arrays themselves."""
         kernel, argv, count = getattr(self.lib, name), c_arguments(args), len(which)
-        pieces = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
+        shares = min(count, 4 * self.threads) if self.threads > 1 else 1  # several for each, in case one is held up
 
         def run(i: int) -> None:
             scratch = np.empty(max(self.needs.batch, self.needs.update) + 64, np.uint8)
-            kernel(*argv, which.start + i * count // pieces, which.start + (i + 1) * count // pieces,
+            kernel(*argv, which.start + i * count // shares, which.start + (i + 1) * count // shares,
                    ctypes.c_void_p(-(-scratch.ctypes.data // 64) * 64))  # the kernel's structs are 64-byte aligned
 
         try:
-            list((pool(self.threads, os.getpid()).map if self.threads > 1 else map)(run, range(pieces)))
+            list((pool(self.threads, os.getpid()).map if self.threads > 1 else map)(run, range(shares)))
         except RuntimeError as e:
             raise UserError(f"the kernel cannot start ({e}): give fewer --threads") from None
 
