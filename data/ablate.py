@@ -30,7 +30,7 @@ import nano_eggroll as E
 STEPS, SEEDS = 500, range(3)
 rng = np.random.default_rng(0)
 initial, usual_rate, usual_signs, usual_factors = E.new_model, E.ES.rate, E.signs, E.factors
-usual_learn = E.learn
+usual_learn, usual_rows = E.learn, E.learn_rows
 
 
 def bits(levels: int) -> dict[str, Any]:
@@ -65,6 +65,12 @@ def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any
         change(model, zero.q + zero.residual / 2**15, es.rate(model.step))
         model.step += 1
     return {"learn": learn}
+
+
+def one_norm(model: E.Model, rank: int, rate: float, credit: E.Credit) -> None:
+    """Divides all rows of a matrix by the same norm."""
+    same = np.full(credit.square.shape, credit.square.mean(1, keepdims=True))
+    usual_rows(model, rank, rate, credit._replace(square=same))
 
 
 def add(model: E.Model, change: np.ndarray) -> None:
@@ -134,6 +140,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "credit: head, probability of 1/128": ([], {"LIKELY": 7}),
     "credit: head, probability of 1/8": ([], {"LIKELY": 3}),
     "credit: head, only where its token came": ([], {"LIKELY": -64}),
+    "credit: one norm for all rows of a matrix": ([], {"learn_rows": one_norm}),
     "fitness: sign of d": ([], {"shape_fitness": lambda d: (42 * np.sign(d)).astype(np.int8)}),
     "fitness: not clipped": ([], {
         "shape_fitness": lambda d: np.rint(d * (127 / max(abs(d).max(), 1))).astype(np.int8)}),
