@@ -4,9 +4,8 @@
     python data/ablate.py "sign of d" rank     those whose names contain one of these words
     python data/ablate.py base -- --steps 8000 --data book.txt      with other settings
 
-Prints a row for each: bits/byte of the validation text (median, lowest and highest of the seeds). Each change is
-written as what it takes to make it, and so a way into the file, too: names of the file that become something else while
-a run lasts. Changes of the noise need `--backend numpy`, since the kernel has its own.
+Prints a row for each: bits/byte of the validation text (median, lowest and highest of the seeds). A change is a name of
+the file that becomes something else while a run lasts; of the noise only with `--backend numpy`.
 """
 
 import contextlib
@@ -27,8 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nano_eggroll as E
 
-STEPS, SEEDS = 500, range(3)
-rng = np.random.default_rng(0)
+STEPS, SEEDS, rng = 500, range(3), np.random.default_rng(0)
 initial, usual_rate, usual_signs, usual_factors = E.new_model, E.ES.rate, E.signs, E.factors
 usual_learn, usual_rows = E.learn, E.learn_rows
 
@@ -69,8 +67,7 @@ def moved(change: Callable[[E.Model, np.ndarray, float], None]) -> dict[str, Any
 
 def one_norm(model: E.Model, rank: int, rate: float, credit: E.Credit) -> None:
     """Divides all rows of a matrix by the same norm."""
-    same = np.full(credit.square.shape, credit.square.mean(1, keepdims=True))
-    usual_rows(model, rank, rate, credit._replace(square=same))
+    usual_rows(model, rank, rate, credit._replace(square=0 * credit.square + credit.square.mean(1, keepdims=True)))
 
 
 def add(model: E.Model, change: np.ndarray) -> None:
