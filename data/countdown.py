@@ -62,10 +62,12 @@ def problem(rng: random.Random, operators: str = "+-", count: int = 3, most: int
             rng.shuffle(parts)
             (a, left), (b, right), *rest = parts
             op = rng.choice(operators)
-            made = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b if b else Fraction(-1)
+            if op == "/" and not b:
+                break
+            made = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b
             parts = [(made, f"({left}{op}{right})" if rest else f"{left}{op}{right}"), *rest]
         target, solution = parts[0]
-        if target.denominator == 1 and 1 <= target <= 100:
+        if len(parts) == 1 and target.denominator == 1 and 1 <= target <= 100:
             shown = " ".join(map(str, numbers))
             return {"prompt": f"{shown} make {target}: ", "answer": {"numbers": numbers, "target": int(target)},
                     "solution": solution if set(operators) - set("+-") else think(numbers, int(target))}

@@ -10,8 +10,6 @@ A rule is a list of alternatives, all equally likely.  An alternative is literal
     {thing!}    expand it and remember the word        {adj!a}     the same, in the form "a"
     {thing?}    repeat what was remembered: 0 bits     {hero?he}   the pronoun that fits the remembered hero
 
-To reach the floor a model must carry the remembered words from sentence to sentence, and must add.
-
 Each text has one derivation only, so the entropy of the text is the entropy of the choices.  Why: within a list no
 two words are the same, and a space or a mark ends each word.  Two alternatives of a rule that begin alike come to a
 place where they differ in a literal, or draw from lists with no word in common.  Every addition starts with a digit,
