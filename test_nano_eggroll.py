@@ -953,6 +953,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(prose, capsys):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(whole, prose, capsys):
     args, stop = [*ARGS.split(), "--backend", "numpy", "--out", "run"], partial(signal.raise_signal, signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs lack
     steps = [E.es_step] * 7 + [lambda *_: stop()]
     with mock.patch.object(E, "es_step", lambda *args: steps.pop(0)(*args)):
         assert "the same command goes on" in main(capsys, *args, code=130)[1]
