@@ -47,6 +47,11 @@ class UserError(ValueError):
     """Something the user can mend; the message says what and how."""
 
 
+def sha256(content: bytes) -> str:
+    """A hash in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # EGGROLL: noise, from a counter-based hash; any entry can be rebuilt alone, in any order, on any machine
 
@@ -169,7 +174,7 @@ class Model:
 
     def sha256(self) -> str:
         """Hash of the weights: two runs are equal when this is."""
-        return hashlib.sha256(self.q.tobytes()).hexdigest()
+        return sha256(self.q.tobytes())
 
 
 def empty_model(cfg: Parameters) -> Model:
@@ -924,7 +929,6 @@ import ctypes
 import itertools
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -1929,13 +1933,12 @@ def load_c(source: str, flags: str) -> ctypes.CDLL:
                                       errors="replace", env=os.environ | {"LC_ALL": "C"})
                 if done.returncode == 0:
                     return ctypes.CDLL(library)
-        said = [*filter(re.compile("error", re.I).search, done.stderr.splitlines()), done.stderr.strip()[-200:]][0]
-        raise UserError(f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another")
     except (OSError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
         raise UserError(f"the kernel cannot be compiled or loaded ({e}): install gcc or clang or set CC to another, or "
                         "set TMPDIR to a folder that programs may run in") from None
+    errors = (line for line in done.stderr.splitlines() if "error" in line.lower())
+    said = next(errors, done.stderr.strip()[-200:])
+    raise UserError(f"{shlex.join(compiler)} cannot compile the kernel ({said}): set CC to another")
 
 
 def c_arguments(args: Sequence[Any]) -> list:
@@ -2070,6 +2073,7 @@ import gzip
 import inspect
 import io
 import json
+import re
 import runpy
 import time
 import traceback
@@ -2383,12 +2387,11 @@ def evaluate(model: Model, backend: Any, tokens: np.ndarray, T: int, index: int 
     return bits / BITS
 
 
-def complete(members: Members, vocab: Vocab, prompts: Sequence[str], length: int, temperature: float,
+def complete(members: Members, vocab: Vocab, prompts: Sequence[Sequence[int]], length: int, temperature: float,
              stop: str, end: int) -> list[str]:
     """What each member writes after its prompt, up to the text `stop` or, where that is empty, the token `end`."""
-    given = [vocab.encode(prompt.encode(errors="replace")).tolist() or [vocab.end] for prompt in prompts]
-    token = vocab.number.get(stop.encode(), -1) if stop else end  # -1: the text is no token
-    texts = [vocab.decode(a).decode(errors="replace") for a in members.answer(given, length, token, temperature)]
+    token = vocab.number.get(stop.encode(errors="surrogateescape"), -1) if stop else end  # -1: the text is no token
+    texts = [vocab.decode(a).decode(errors="replace") for a in members.answer(prompts, length, token, temperature)]
     return [text.partition(stop)[0] for text in texts] if stop else texts
 
 
@@ -2396,7 +2399,8 @@ def write_sample(model: Model, backend: Any, vocab: Vocab, seed: int = 0, prompt
                  temperature: float = 0.7, stop: str = "") -> None:
     """Print a prompt and what the model writes after it."""
     one = Members(model, backend, (seed, 0, 0.0), np.zeros(1, np.int64))
-    [text] = complete(one, vocab, [prompt], length, temperature, stop, vocab.end if vocab.world else -1)
+    given = vocab.encode(prompt.encode(errors="surrogateescape")).tolist() or [vocab.end]
+    [text] = complete(one, vocab, [given], length, temperature, stop, vocab.end if vocab.world else -1)
     print(f"--- sample\n{printable(prompt + text)}\n---")
 
 
@@ -2424,7 +2428,7 @@ class TextTask:
         self.fitness = predict(train, s.tokens, s.credit == "rows")
         self.worth = -len(train) / (BITS * s.tokens * len(text))  # of a unit of fitness, in what is shown
         self.bytes = len(val_text) - len(vocab.tokens[val[0]])
-        self.files = {"data": text, "valid": val_text}
+        self.files = {"data": sha256(text), "valid": sha256(val_text)}
 
     def validate(self, model: Model, backend: Any, team: Team) -> dict[str, float]:
         """Bits/byte of the validation text."""
@@ -2488,21 +2492,25 @@ class AnswerTask:
                             "divisor of it")
         self.s, self.vocab, (self.train, held) = s, vocab, read_problems(s.task)
         self.held, problems = held[:1000], self.train + held
-        prompts = [len(vocab.encode(p.prompt.encode(errors="replace"))) for p in problems]
-        solutions = [len(vocab.encode(p.solution.encode(errors="replace"))) for p in problems if p.solution]
+        self.encoded = {p.prompt: self.encode(p.prompt) or [vocab.end] for p in problems}
+        solutions = [len(self.encode(p.solution)) for p in problems if p.solution]
         self.length = s.length or 1 + max(solutions, default=255)  # with its end
-        if max(prompts) + self.length > LONGEST:
+        if max(map(len, self.encoded.values())) + self.length > LONGEST:
             raise UserError(f"a prompt and --length {self.length} come to over {LONGEST} tokens: give less")
-        self.tokens = sum(prompts[:len(self.train)]) // len(self.train) + self.length
-        self.files = {"task": json.dumps(problems).encode()}
+        self.tokens = sum(len(self.encoded[p.prompt]) for p in self.train) // len(self.train) + self.length
+        self.files = {"task": sha256(json.dumps(problems).encode())}
         self.reward = lambda _, text, answer: text.strip() == str(answer).strip()
         if s.reward:
             path, _, function = s.reward.rpartition(":")
             sys.path.insert(0, str(Path(path).parent))  # for what the file itself imports
             with users_code(s.reward):
                 self.reward = runpy.run_path(path, run_name="reward")[function]
-                self.files["reward"] = Path(path).read_bytes() + function.encode()
+                self.files["reward"] = sha256(Path(path).read_bytes() + function.encode())
         self.rewards(held[:1], [""])  # one that cannot work fails before there is a run
+
+    def encode(self, text: str) -> list[int]:
+        """Its tokens."""
+        return self.vocab.encode(text.encode(errors="replace")).tolist()
 
     def rewards(self, problems: Sequence[Problem], texts: Sequence[str]) -> np.ndarray:
         """Of answers, float32 [n]; raises UserError."""
@@ -2513,7 +2521,7 @@ class AnswerTask:
 
     def score(self, members: Members, problems: Sequence[Problem], temperature: float) -> tuple[list[str], np.ndarray]:
         """What each member answers to its problem, and the rewards of that."""
-        prompts = [p.prompt for p in problems]
+        prompts = [self.encoded[p.prompt] for p in problems]
         texts = complete(members, self.vocab, prompts, self.length, temperature, self.s.stop, self.vocab.end)
         return texts, self.rewards(problems, texts)
 
@@ -2572,27 +2580,27 @@ def find_out(s: Settings, model: Model) -> tuple[Path, Model]:
 def train(model: Model, backend: Any, team: Team, s: Settings, task: Task, out: Path) -> float:
     """Train from model.step to s.steps; returns the figure of the last validation.
 
-    Writes model.npz, and log.csv with the rows that it has, too: at the start, at validations and every 30 seconds.
+    Writes model.npz at validations and every 30 seconds, and log.csv, its rows, then and at the start.
     """
     log, before, first, began = model.extra["log"], model.extra["seconds"], model.step, time.monotonic()
     every, per_step = max(1, s.steps // 20), s.population * task.tokens  # steps between validations; tokens
     shared = team.share(task.fitness)
 
-    def save() -> float:
-        model.extra["seconds"] = before + time.monotonic() - began
-        if not team.index:
-            save_model(model, out / "model.npz")
-            new = out / f"log.csv.{os.getpid()}.tmp"
-            rows = [*log[:1], *(row.values() for row in log)]
-            new.write_text("".join(f"{','.join(map(str, cells))}\n" for cells in rows))
-            os.replace(new, out / "log.csv")
-        return time.monotonic()
+    def write_log() -> None:
+        new = out / f"log.csv.{os.getpid()}.tmp"
+        rows = [*log[:1], *(row.values() for row in log)]
+        new.write_text("".join(f"{','.join(map(str, cells))}\n" for cells in rows))
+        os.replace(new, out / "log.csv")
 
-    saved, (val, *_) = save(), task.validate(model, backend, team).values()
+    if not team.index:
+        write_log()
+    saved, (val, *_) = began, task.validate(model, backend, team).values()
     print(f"step {model.step}: validation {val:.3f} {task.unit}")
     while model.step < s.steps:
         fitness, _ = es_step(model, backend, s, shared)
         now, due = time.monotonic(), model.step % every == 0 or model.step == s.steps
+        if not team.gather(due or now - saved > 30)[0]:
+            continue
         finite, speed = np.isfinite(fitness), (model.step - first) * per_step / (now - began)
         mean = float(fitness[finite].mean(dtype=float)) * task.worth if finite.any() else math.nan
         if due:
@@ -2605,10 +2613,13 @@ def train(model: Model, backend: Any, team: Team, s: Settings, task: Task, out: 
                         **{name: f"{x:.4f}" for name, x in figures.items()}, "tokens_per_s": f"{speed:.0f}",
                         "weights_at_limit": f"{(np.abs(model.q) == 127).mean():.5f}",
                         "equal_pairs": f"{1 - unequal.mean():.5f}"})
-        if team.gather(due or now - saved > 30)[0]:
-            saved, left = save(), int((s.steps - model.step) * per_step / speed)
-            print(f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
-                  f"{speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left")
+        model.extra["seconds"] = before + time.monotonic() - began
+        if not team.index:
+            save_model(model, out / "model.npz")
+            write_log()
+        saved, left = time.monotonic(), int((s.steps - model.step) * per_step / speed)
+        print(f"step {model.step}/{s.steps}  train {mean:.3f}  validation {val:.3f} {task.unit}  "
+              f"{speed:,.0f} tokens/s  {left // 60}:{left % 60:02d} left")
     return val
 
 
@@ -2698,9 +2709,9 @@ def run(given: dict[str, Any], team: Team) -> None:
     if "sample" in given and not s.eval:
         return
     task = AnswerTask(s, vocab) if s.task else TextTask(s, vocab, *texts)
-    files = task.files | ({"load": model.q.tobytes() + model.residual.tobytes()} if s.load else {})
-    this = {name: value for name, value in asdict(s).items() if name not in FREE}
-    this |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}  # wherever they are
+    del texts  # they may be long
+    this = {name: value for name, value in asdict(s).items() if name not in FREE} | task.files  # wherever they are
+    this |= {"load": sha256(model.q.tobytes() + model.residual.tobytes())} if s.load else {}
     team.agree("options, files or weights", (this, model.sha256(), model.scale.tobytes()))
     if s.eval:
         figure, *_ = task.validate(model, backend, team).values()
